@@ -1,0 +1,56 @@
+"""The few values that travel between the layers. All frozen; tensors inside them are read-only by contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """The unit of reuse: a text with an id.
+
+    ``id`` is the caller's name for it; two documents with the same rendered text share one payload.
+    """
+
+    id: str
+    text: str
+    title: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentCache:
+    """The keys and values of one document encoded alone, at positions ``0..tokens-1``.
+
+    Attributes:
+        token_ids: int64 ``[tokens]``, the document's tokens as the template rendered them.
+        keys: ``[layers, kv_heads, tokens, head_dim]``, **before** RoPE, in the model's dtype.
+        values: ``[layers, kv_heads, tokens, value_dim]``, in the model's dtype.
+
+    The tensors may be views of a memory-mapped, read-only file: never write to them.
+    """
+
+    token_ids: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __post_init__(self) -> None:
+        tokens = self.token_ids.shape[0]
+        assert self.token_ids.ndim == 1
+        assert self.keys.ndim == 4
+        assert self.values.ndim == 4
+        assert self.keys.shape[:2] == self.values.shape[:2]
+        assert self.keys.shape[2] == self.values.shape[2] == tokens
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return int(self.token_ids.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V."""
+        return self.keys.nbytes + self.values.nbytes
