@@ -1,0 +1,182 @@
+"""Settings of the service. Unknown keys are refused, with one line that names them.
+
+From a command line they are strings with dotted names (``engine.num_cpus=2``), from YAML nested mappings.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import click
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+
+from kvlink_core.errors import ConfigError
+
+
+class StartupError(ConfigError, click.ClickException):
+    """The service cannot start as configured.
+
+    A ``ClickException`` too, so that ``serve run`` prints its one line and exits with 2, without a traceback.
+    """
+
+    exit_code = 2
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class AutoscalingSettings(_Settings):
+    """How many engine replicas; the reasoning for each value is in ``configs/cluster.yaml``."""
+
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(default=1, ge=1)
+    target_ongoing_requests: float = Field(default=4.0, gt=0)
+    look_back_period_s: float = Field(default=10.0, gt=0)
+    upscale_delay_s: float = Field(default=10.0, ge=0)
+    downscale_delay_s: float = Field(default=300.0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas ({self.min_replicas}) is larger than max_replicas ({self.max_replicas})"
+            )
+        return self
+
+
+class EngineSettings(_Settings):
+    """One engine replica: what it reserves and how much it takes on."""
+
+    num_cpus: float = Field(default=1.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+    torch_threads: int | None = Field(
+        default=None, ge=1, description="threads of torch; default: num_cpus, at least 1"
+    )
+    max_running: int = Field(
+        default=8, ge=1, description="requests that generate at the same time in one replica"
+    )
+    max_waiting: int = Field(default=32, ge=0, description="requests that wait for a replica; more get 503")
+    retry_after_s: float = Field(default=1.0, ge=0, description="what a refused client is told to wait")
+    stuck_after_s: float = Field(
+        default=120.0, gt=0, description="a step running longer than this is a failed health check"
+    )
+    shutdown_timeout_s: float = Field(
+        default=30.0, ge=0, description="how long a stopping replica finishes its requests"
+    )
+    autoscaling: AutoscalingSettings = AutoscalingSettings()
+
+
+class IngressSettings(_Settings):
+    """The HTTP side."""
+
+    num_cpus: float = Field(default=0.25, ge=0)
+    replicas: int = Field(default=1, ge=1)
+    max_ongoing_requests: int = Field(default=256, ge=1)
+    max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
+    max_documents: int = Field(default=64, ge=1)
+    max_messages: int = Field(default=256, ge=1)
+
+
+class SamplingDefaults(_Settings):
+    """What a request gets that does not say."""
+
+    temperature: float = Field(
+        default=0.0, ge=0, le=2, description="0 is greedy: the same question, the same answer"
+    )
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    max_tokens: int = Field(default=128, ge=1)
+
+
+class ServiceConfig(_Settings):
+    """Everything that ``serve.app:build_app`` takes."""
+
+    model: str = Field(
+        default="embedded", min_length=1, description="embedded, a Hugging Face directory, or random:NAME"
+    )
+    store: str | None = Field(description="path or URL of the store; null: encode every document in place")
+    namespace: str = Field(default="default", min_length=1)
+    storage_options: dict[str, str] = {}
+    device: str = "cpu"
+    dtype: str | None = None
+    linker: str | None = Field(
+        default=None, description="for requests that name none; default: the model's own"
+    )
+    refresh_interval_s: float = Field(
+        default=1.0, ge=0, description="at most one look for new documents in this time"
+    )
+    sampling: SamplingDefaults = SamplingDefaults()
+    engine: EngineSettings = EngineSettings()
+    ingress: IngressSettings = IngressSettings()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _readable(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Expand dotted names, and turn pydantic's report into one line.
+
+        Raises:
+            StartupError: a setting is unknown, missing or impossible.
+        """
+        if isinstance(data, Mapping):
+            data = _nested(data)
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise StartupError(_one_line(cls, error)) from None
+
+    def absolute(self) -> ServiceConfig:
+        """The same with local paths made absolute: a replica's working directory is not the caller's."""
+        changes: dict[str, str] = {}
+        if self.store is not None and "://" not in self.store:
+            changes["store"] = str(Path(self.store).expanduser().absolute())
+        model = Path(self.model).expanduser()
+        if self.model != "embedded" and not self.model.startswith("random:") and model.exists():
+            changes["model"] = str(model.absolute())
+        return self.model_copy(update=changes)
+
+
+def _nested(data: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"engine.num_cpus": 2}`` as ``{"engine": {"num_cpus": 2}}``."""
+    result: dict[str, Any] = {}
+    for key, value in data.items():
+        *parents, last = str(key).split(".")
+        place = result
+        for parent in parents:
+            inner = place.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise StartupError(f"setting {key!r}: {parent!r} is given a value of its own as well.")
+            place = inner
+        place[last] = dict(value) if isinstance(value, Mapping) else value
+    return result
+
+
+def _one_line(model: type[BaseModel], error: ValidationError) -> str:
+    """All faults of a configuration in one line."""
+    faults = []
+    for fault in error.errors(include_url=False, include_input=False):
+        name = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            known = _names(model)
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}."
+            faults.append(f"unknown setting {name!r}; {hint}")
+        elif fault["type"] == "missing":
+            faults.append(f"setting {name!r} is missing; give {name}=...")
+        else:
+            faults.append(f"setting {name!r}: {fault['msg']}" if name else fault["msg"])
+    return "configuration: " + "; ".join(faults)
+
+
+def _names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            names += _names(inner, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names

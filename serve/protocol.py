@@ -1,0 +1,313 @@
+"""``POST /v1/chat/completions``: the request, as OpenAI defines it, plus ``documents``, ``linker`` and ``top_k``.
+
+Three kinds of fields: those that work; those that change nothing here and are accepted; and those that would change
+the answer and are not supported, which are refused unless they hold the value that means "off". Anything else is
+unknown and refused. Types are strict: ``"0.5"`` is not a number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from serve.config import IngressSettings, SamplingDefaults
+from serve.wire import ApiError, ApiException, EngineRequest, WireDocument, WireMessage, WireSampling
+
+#: Names of union branches; they stand in the location of an error and mean nothing to a client.
+BRANCHES = frozenset({"(one)", "(many)"})
+
+#: Not supported, and the values that ask for nothing. ``None`` always does.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+
+
+def _one_or_many(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "(one)"
+    return "(many)" if isinstance(value, list) else None
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class TextPart(_Body):
+    """A part of a message; only text is supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body):
+    """One turn. Fields that replies carry are accepted when empty, so that a reply can be sent back as it came."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        Annotated[str, Tag("(one)")] | Annotated[list[TextPart], Tag("(many)")],
+        Discriminator(
+            _one_or_many,
+            custom_error_type="content_type",
+            custom_error_message="must be a string or a list of text parts",
+        ),
+    ]
+    name: None = None
+    refusal: None = None
+    annotations: list[JsonValue] | None = Field(default=None, max_length=0)
+    audio: None = None
+    function_call: None = None
+    tool_calls: list[JsonValue] | None = Field(default=None, max_length=0)
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content)
+
+
+class DocumentParam(_Body):
+    """A document: its ``id`` alone when the store has it, or its ``text``, with or without an id."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["id"]}, {"required": ["text"]}]})
+
+    id: str | None = Field(default=None, min_length=1, max_length=512)
+    text: str | None = None
+    title: str | None = Field(default=None, max_length=4096)
+
+    @field_validator("text")
+    @classmethod
+    def _not_empty(cls, text: str | None) -> str | None:
+        if text is not None and not text.strip():
+            raise PydanticCustomError(
+                "empty_document", "the document has no text; leave it out or send its text"
+            )
+        return text
+
+    @model_validator(mode="after")
+    def _has_something(self) -> Self:
+        if self.text is None and self.id is None:
+            raise PydanticCustomError("missing_parameter", "a document needs an id, a text, or both")
+        if self.title is not None and self.text is None:
+            raise PydanticCustomError("invalid_value", "a title needs the text that it belongs to")
+        return self
+
+
+class StreamOptions(_Body):
+    """What a stream also carries."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class ChatCompletionRequest(_Body):
+    """The body of ``POST /v1/chat/completions``."""
+
+    model: str = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
+    documents: list[DocumentParam] | None = Field(
+        default=None, description="Documents to answer from, in this order; cached ones cost next to nothing."
+    )
+    linker: str | None = Field(
+        default=None, description="How cached documents are linked; default: the service's."
+    )
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, le=2**31 - 1, description="0: all tokens.")
+    max_tokens: int | None = Field(default=None, ge=1, le=2**20)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**20)
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    stop: (
+        Annotated[
+            Annotated[str, Field(min_length=1, max_length=512), Tag("(one)")]
+            | Annotated[
+                list[Annotated[str, Field(min_length=1, max_length=512)]], Field(max_length=4), Tag("(many)")
+            ],
+            Discriminator(
+                _one_or_many,
+                custom_error_type="stop_type",
+                custom_error_message="must be a string or a list of at most 4 strings",
+            ),
+        ]
+        | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    # Accepted; nothing here depends on them.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+    # Refused unless off: see NEUTRAL.
+    audio: JsonValue = None
+    frequency_penalty: JsonValue = None
+    function_call: JsonValue = None
+    functions: JsonValue = None
+    logit_bias: JsonValue = None
+    logprobs: JsonValue = None
+    modalities: JsonValue = None
+    n: JsonValue = None
+    parallel_tool_calls: JsonValue = None
+    prediction: JsonValue = None
+    presence_penalty: JsonValue = None
+    reasoning_effort: JsonValue = None
+    response_format: JsonValue = None
+    service_tier: JsonValue = None
+    store: JsonValue = None
+    tool_choice: JsonValue = None
+    tools: JsonValue = None
+    top_logprobs: JsonValue = None
+    verbosity: JsonValue = None
+    web_search_options: JsonValue = None
+
+    @field_validator(*NEUTRAL)
+    @classmethod
+    def _off(cls, value: JsonValue, info: ValidationInfo) -> JsonValue:
+        assert info.field_name is not None
+        neutral = NEUTRAL[info.field_name]
+        if value is None or value in neutral:
+            return value
+        allowed = f" or send {neutral[0]!r}" if neutral else ""
+        raise PydanticCustomError(
+            "unsupported_parameter", "is not supported here; leave it out{allowed}", {"allowed": allowed}
+        )
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise PydanticCustomError(
+                "invalid_value", "max_tokens and max_completion_tokens differ; send one of them"
+            )
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("invalid_value", "stream_options needs stream to be true")
+        return self
+
+
+def parameter_name(location: tuple[int | str, ...]) -> str | None:
+    """``("body", "messages", 0, "role")`` as ``messages[0].role``, the way OpenAI names parameters."""
+    name = ""
+    for part in location:
+        if part in BRANCHES or (part == "body" and not name):
+            continue
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
+    return name or None
+
+
+def validation_error(faults: list[dict[str, Any]]) -> ApiError:
+    """The first fault of a request that does not fit the schema, as a 400."""
+    fault = faults[0]
+    kind, param = fault["type"], parameter_name(tuple(fault["loc"]))
+    if kind == "json_invalid" or (kind == "model_attributes_type" and param is None):
+        detail = fault.get("ctx", {}).get(
+            "error", "the body must be one JSON object, sent as application/json"
+        )
+        return ApiError(400, f"the body is not a JSON object: {detail}", "invalid_json")
+    if kind == "extra_forbidden":
+        return ApiError(400, f"unknown parameter: {param}", "unknown_parameter", param)
+    if kind == "missing":
+        missing = f"missing parameter: {param}" if param else "the body is missing"
+        return ApiError(400, missing, "missing_parameter", param)
+    named = {"empty_document", "missing_parameter", "unsupported_parameter"}
+    message = f"{param}: {fault['msg']}" if param else str(fault["msg"])
+    return ApiError(400, message, kind if kind in named else "invalid_value", param)
+
+
+def engine_request(
+    body: ChatCompletionRequest, *, request_id: str, limits: IngressSettings, defaults: SamplingDefaults
+) -> EngineRequest:
+    """What the engine is asked, defaults filled in.
+
+    Raises:
+        ApiException: more documents or messages than allowed, or one document id with two texts.
+    """
+    documents = body.documents or []
+    if len(documents) > limits.max_documents:
+        raise _refused(
+            f"{len(documents)} documents, and at most {limits.max_documents} are allowed.", "documents"
+        )
+    if len(body.messages) > limits.max_messages:
+        raise _refused(
+            f"{len(body.messages)} messages, and at most {limits.max_messages} are allowed.", "messages"
+        )
+    if not body.messages[-1].text.strip():
+        raise _refused("the last message has no text; ask something.", "messages", "empty_question")
+    max_tokens = body.max_completion_tokens or body.max_tokens or defaults.max_tokens
+    stop = body.stop or ()
+    return EngineRequest(
+        request_id=request_id,
+        messages=tuple(
+            WireMessage("system" if m.role == "developer" else m.role, m.text) for m in body.messages
+        ),
+        documents=_documents(documents),
+        linker=body.linker,
+        sampling=WireSampling(
+            temperature=defaults.temperature if body.temperature is None else body.temperature,
+            top_p=defaults.top_p if body.top_p is None else body.top_p,
+            top_k=defaults.top_k if body.top_k is None else body.top_k,
+            seed=body.seed,
+            max_tokens=max_tokens,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        ),
+    )
+
+
+def _documents(documents: list[DocumentParam]) -> tuple[WireDocument, ...]:
+    result: list[WireDocument] = []
+    texts: dict[str, tuple[str | None, str | None]] = {}
+    for i, document in enumerate(documents):
+        name = document.id or _text_id(document)
+        content = (document.title, document.text)
+        if texts.setdefault(name, content) != content:
+            raise _refused(
+                f"document id {name!r} is given twice with different content; give each document its own id.",
+                f"documents[{i}].id",
+                "duplicate_document",
+            )
+        result.append(WireDocument(name, document.text, document.title))
+    return tuple(result)
+
+
+def _text_id(document: DocumentParam) -> str:
+    """A name for a document that came without one: the same text, the same name."""
+    content = f"{document.title or ''}\0{document.text or ''}"
+    return "text-" + hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _refused(message: str, param: str, code: str = "invalid_value") -> ApiException:
+    return ApiException(ApiError(400, message, code, param))

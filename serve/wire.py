@@ -1,0 +1,177 @@
+"""What travels between the ingress and the engine replica: plain frozen values, and errors as data.
+
+An exception that crosses Ray arrives wrapped, with its class rebuilt from a pickle; a field that says
+``status: 404`` arrives as it was sent. So a replica never raises for a request: it answers ``Failed(ApiError(...))``.
+Nothing here imports torch, so that the ingress stays light.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from kvlink_core.errors import (
+    InputError,
+    KVLinkError,
+    StoreUnavailableError,
+    UnknownDocumentError,
+)
+
+ErrorType = Literal["invalid_request_error", "server_error", "overloaded_error"]
+
+#: Text of every error whose cause is ours: the log has the details, the client the request id.
+INTERNAL_MESSAGE = "the service failed to answer; the log holds the cause under this response's x-request-id."
+
+
+@dataclass(frozen=True, slots=True)
+class ApiError:
+    """One error as OpenAI's clients expect it, with its HTTP status."""
+
+    status: int
+    message: str
+    code: str
+    param: str | None = None
+    retry_after_s: float | None = None
+
+    @property
+    def type(self) -> ErrorType:
+        """OpenAI's coarse class of the error."""
+        if self.status in (429, 503):
+            return "overloaded_error"
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The JSON body: ``{"error": {"message", "type", "param", "code"}}``."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class ApiException(Exception):
+    """Carries an ``ApiError`` to the place that writes the response. Never crosses a process."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+def api_error(error: BaseException) -> ApiError:
+    """The response for an exception: input errors in their own words, everything else without details.
+
+    Store and model errors name paths, so their text stays in the log.
+    """
+    if isinstance(error, ApiException):
+        return error.error
+    if isinstance(error, InputError):
+        status = 404 if isinstance(error, UnknownDocumentError) else 400
+        return ApiError(status, str(error), error.code, error.param)
+    if isinstance(error, StoreUnavailableError):
+        return ApiError(503, "the document store does not answer; try again.", error.code, retry_after_s=5.0)
+    if isinstance(error, KVLinkError):
+        return ApiError(500, INTERNAL_MESSAGE, error.code)
+    return ApiError(500, INTERNAL_MESSAGE, "internal_error")
+
+
+@dataclass(frozen=True, slots=True)
+class WireMessage:
+    """One turn of the conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class WireDocument:
+    """A document: ``text`` is ``None`` when only its id was sent."""
+
+    id: str
+    text: str | None = None
+    title: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WireSampling:
+    """Sampling parameters, defaults already filled in."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    max_tokens: int
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One validated request."""
+
+    request_id: str
+    messages: tuple[WireMessage, ...]
+    documents: tuple[WireDocument, ...]
+    linker: str | None
+    sampling: WireSampling
+
+    def with_id(self, request_id: str) -> EngineRequest:
+        """The same request under another id."""
+        return replace(self, request_id=request_id)
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentReport:
+    """Where one document's cache came from."""
+
+    id: str
+    tokens: int
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a request cost, sent with its last event.
+
+    Attributes:
+        prompt_tokens: all tokens of the prompt, documents included.
+        completion_tokens: tokens generated.
+        cached_tokens: prompt tokens whose keys and values came from the store.
+        computed_tokens: prompt tokens computed for this request.
+        ttft_s: from the request's arrival at the engine to its first token, waiting included.
+        phases_s: seconds spent in each phase before the first token.
+    """
+
+    linker: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    computed_tokens: int
+    ttft_s: float
+    phases_s: tuple[tuple[str, float], ...]
+    documents: tuple[DocumentReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of the answer; ``finish_reason`` and ``report`` are set on the last one."""
+
+    text: str
+    finish_reason: Literal["stop", "length"] | None = None
+    report: Report | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request failed; nothing follows."""
+
+    error: ApiError
+
+
+Event = Piece | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What an engine replica serves."""
+
+    id: str
+    created: int
+    context_length: int
+    fingerprint: str
+    linkers: tuple[str, ...]
+    default_linker: str
