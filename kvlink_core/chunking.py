@@ -37,9 +37,12 @@ _SENTENCE_END = re.compile(
 
 #: A full stop after one of these does not end a sentence. Missing a border only makes a sentence longer.
 _ABBREVIATIONS = frozenset(
-    "mr|mrs|ms|dr|prof|rev|hon|sr|jr|st|gen|col|lt|sgt|capt|cmdr|adm|gov|sen|rep|pres|vs|etc|cf|al|fig|figs|eq|"
-    "eqs|no|nos|vol|pp|ed|eds|ch|sec|dept|univ|inc|ltd|co|corp|bros|approx|est|ca|jan|feb|mar|apr|jun|jul|aug|"
-    "sep|sept|oct|nov|dec|mt|ft|e.g|i.e|a.m|p.m|u.s|u.k|u.n|ph.d|b.c|a.d".split("|")
+    re.findall(
+        r"[a-z.]+",
+        "mr mrs ms dr prof rev hon sr jr st gen col lt sgt capt cmdr adm gov sen rep pres vs etc cf al fig figs eq "
+        "eqs no nos vol pp ed eds ch sec dept univ inc ltd co corp bros approx est ca jan feb mar apr jun jul aug sep "
+        "sept oct nov dec mt ft e.g i.e a.m p.m u.s u.k u.n ph.d b.c a.d",
+    )
 )
 _INITIALS = re.compile(r"(?:\w\.)*[A-Z]")
 _WORD = re.compile(r"\s*\S+\s*")
