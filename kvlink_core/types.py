@@ -22,6 +22,21 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class DocumentRef:
+    """A document named by its id alone; its cache must be in the store."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation; ``role`` is ``system``, ``user`` or ``assistant``."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
 class DocumentCache:
     """The keys and values of one document encoded alone, at positions ``0..tokens-1``.
 

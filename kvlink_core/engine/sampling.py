@@ -1,0 +1,83 @@
+"""How the next token is chosen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kvlink_core.errors import SamplingError
+
+MAX_STOP_STRINGS = 16
+MAX_NEW_TOKENS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Sampling of one request.
+
+    Attributes:
+        temperature: 0 for greedy, up to 2.
+        top_p: nucleus, in (0, 1].
+        top_k: keep the k most likely tokens; 0 for all.
+        seed: makes sampling reproducible; ``None`` draws one.
+        max_tokens: tokens to generate at most.
+        stop: strings at which the answer ends; they are not part of it.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()
+
+    def validate(self) -> None:
+        """Refuse what has no meaning.
+
+        Raises:
+            SamplingError: naming the parameter and its range.
+        """
+        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 2):
+            raise SamplingError(f"temperature must be from 0 to 2, not {self.temperature}.", param="temperature")
+        if not (math.isfinite(self.top_p) and 0 < self.top_p <= 1):
+            raise SamplingError(f"top_p must be above 0 and at most 1, not {self.top_p}.", param="top_p")
+        if self.top_k < 0:
+            raise SamplingError(f"top_k must be 0 (all tokens) or more, not {self.top_k}.", param="top_k")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise SamplingError(f"seed must fit in 64 bits, not {self.seed}.", param="seed")
+        if not 1 <= self.max_tokens <= MAX_NEW_TOKENS:
+            raise SamplingError(
+                f"max_tokens must be from 1 to {MAX_NEW_TOKENS}, not {self.max_tokens}.", param="max_tokens"
+            )
+        if len(self.stop) > MAX_STOP_STRINGS or any(not s for s in self.stop):
+            raise SamplingError(f"stop takes at most {MAX_STOP_STRINGS} strings, none empty.", param="stop")
+
+
+class Sampler:
+    """Draws tokens for one request; owns its random generator, so other requests cannot disturb it."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self._generator = torch.Generator()  # on CPU: the same draws whatever the device
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed)
+
+    def sample(self, logits: torch.Tensor) -> int:
+        """The next token from float32 logits ``[vocabulary]``; not changed."""
+        params = self.params
+        if params.temperature == 0:
+            return int(logits.argmax())
+        ordered, ids = logits.cpu().sort(descending=True, stable=True)
+        if params.top_k:
+            ordered, ids = ordered[: params.top_k], ids[: params.top_k]
+        # float64: a temperature near 0 must not overflow, and the cumulative sum must reach 1.
+        probabilities = torch.softmax(ordered.double() / params.temperature, dim=0)
+        if params.top_p < 1:
+            # Keep the smallest set whose mass reaches top_p: drop a token when what stands before it suffices.
+            before = probabilities.cumsum(0) - probabilities
+            probabilities[before >= params.top_p] = 0
+        return int(ids[torch.multinomial(probabilities, 1, generator=self._generator)])

@@ -1,0 +1,41 @@
+"""``link-tokens``: re-positioned caches and k trained tokens after each, which attend to everything before them.
+
+KVLink (arXiv 2502.16002): the link tokens, computed at query time, restore the attention between documents that
+encoding them alone has cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvlink_core.errors import ConfigError
+from kvlink_core.linking.base import place_at_prompt_positions
+from kvlink_core.linking.linked_cache import LinkedCache
+from kvlink_core.models import LoadedModel
+from kvlink_core.prompt import LinkTokens, Prompt, PromptLayout
+from kvlink_core.types import DocumentCache
+
+
+class LinkTokensLinker:
+    """Re-positioned caches joined by link tokens."""
+
+    name = "link-tokens"
+    uses_caches = True
+
+    def links(self, layout: PromptLayout) -> LinkTokens | None:
+        """The model's own link tokens.
+
+        Raises:
+            ConfigError: the model has none.
+        """
+        if layout.link_tokens is None:
+            raise ConfigError(
+                "this model has no link tokens (its kvlink.json names none); use the linker 'reposition', "
+                "or a model trained with link tokens.",
+                param="linker",
+            )
+        return layout.link_tokens
+
+    def link(self, model: LoadedModel, prompt: Prompt, caches: Sequence[DocumentCache], *, reserve: int) -> LinkedCache:
+        """Place the caches; prefix, link tokens and suffix are pending."""
+        return place_at_prompt_positions(model, prompt, caches, reserve=reserve)

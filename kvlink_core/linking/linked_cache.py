@@ -1,0 +1,124 @@
+"""The key/value cache of one prompt, slot by slot, and the forward pass over what is not in it yet.
+
+Slot = position. Documents are placed once, straight into their slots; the tokens that no cache covers are computed
+in one forward pass that writes its own slots and reads all of them. The engine drives a ``LinkedCache`` only through
+``compute``, so that another kind of context (shared, paged) can take its place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from kvlink_core.models import LoadedModel
+from kvlink_core.models.masks import attention_mask
+from kvlink_core.models.rope import RopeTables
+from kvlink_core.prompt import Prompt
+from kvlink_core.types import DocumentCache
+
+
+class LinkedCache:
+    """Keys and values of one prompt, with room for its answer. Owned by one request; not thread-safe.
+
+    Args:
+        model: the model.
+        prompt: the laid-out prompt.
+        reserve: slots for tokens to be generated after the prompt.
+
+    Attributes:
+        keys, values: ``[layers, kv_heads, capacity, head_dim]``; a slot's content is undefined until it is placed
+            or computed, and is not read before.
+        pending: int64 positions of the prompt, ascending, that the engine has yet to compute.
+    """
+
+    def __init__(self, model: LoadedModel, prompt: Prompt, *, reserve: int) -> None:
+        spec = model.spec
+        shape = (spec.layers, spec.kv_heads, prompt.length + reserve, spec.head_dim)
+        self.model = model
+        self.prompt = prompt
+        self.token_ids = prompt.token_ids()
+        self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)
+        self.values = torch.empty(shape, dtype=model.dtype, device=model.device)
+        self.pending = torch.arange(prompt.length)
+        self._placed = torch.zeros(prompt.length, dtype=torch.bool)
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens of the prompt that are computed rather than loaded."""
+        return int(self.pending.shape[0])
+
+    @torch.inference_mode()
+    def place(self, cache: DocumentCache, start: int, tables: RopeTables) -> None:
+        """Write a document's cache into slots ``start..start+tokens-1``.
+
+        Args:
+            cache: the document's unrotated cache, on any device.
+            start: the document's first slot.
+            tables: RoPE tables for exactly the rotation wanted, ``cache.tokens`` positions.
+        """
+        end = start + cache.tokens
+        device = self.keys.device
+        self.keys[:, :, start:end].copy_(self.model.rotary.rotate(cache.keys.to(device), tables))
+        self.values[:, :, start:end].copy_(cache.values)
+        self._placed[start:end] = True
+
+    def seal(self) -> None:
+        """All documents are placed: everything else of the prompt is pending."""
+        self.pending = torch.nonzero(~self._placed).flatten()
+
+    @torch.inference_mode()
+    def compute(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Run the model over some tokens; their keys and values take their slots.
+
+        Args:
+            token_ids, positions: int64 ``[n]``; positions ascending. Every slot before the last position must be
+                placed, computed before, or among ``positions``.
+
+        Returns:
+            Float32 logits ``[vocabulary]`` after the last token.
+        """
+        model, n = self.model, int(positions.shape[0])
+        length = int(positions[-1]) + 1
+        from_nothing = n == length
+        device = model.device
+        positions = positions.to(device)
+        output = model.network(
+            input_ids=token_ids.to(device).unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            past_key_values=_Slots(self, positions, length, from_nothing),
+            # Nothing is there yet: the model's own causal mask, and with it the fastest kernels.
+            attention_mask=None if from_nothing else attention_mask(model.spec, positions, length, model.dtype),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[0, -1].float()  # type: ignore[no-any-return]
+
+
+class _Slots(DynamicCache):  # type: ignore[misc]  # transformers is untyped
+    """What a forward pass sees of a ``LinkedCache``: writes new keys into their slots, reads all slots so far."""
+
+    def __init__(self, linked: LinkedCache, positions: torch.Tensor, length: int, from_nothing: bool) -> None:
+        super().__init__()
+        self._linked = linked
+        self._positions = positions
+        self._length = length
+        self._from_nothing = from_nothing
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called by each attention layer with the keys and values of the computed tokens."""
+        keys, values = self._linked.keys[layer_idx], self._linked.values[layer_idx]
+        if self._from_nothing:
+            keys[:, : self._length] = key_states[0]
+            values[:, : self._length] = value_states[0]
+            return key_states, value_states
+        if self._positions.shape[0] == 1:
+            keys[:, self._length - 1] = key_states[0, :, 0]
+            values[:, self._length - 1] = value_states[0, :, 0]
+        else:
+            keys.index_copy_(1, self._positions, key_states[0])
+            values.index_copy_(1, self._positions, value_states[0])
+        return keys[None, :, : self._length], values[None, :, : self._length]

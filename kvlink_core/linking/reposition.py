@@ -1,0 +1,29 @@
+"""``reposition``: documents encoded alone, re-positioned into the prompt, no links.
+
+KVLink with k = 0 (arXiv 2502.16002), Block-Attention (arXiv 2409.15355), TurboRAG (arXiv 2410.07590).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvlink_core.linking.base import place_at_prompt_positions
+from kvlink_core.linking.linked_cache import LinkedCache
+from kvlink_core.models import LoadedModel
+from kvlink_core.prompt import LinkTokens, Prompt, PromptLayout
+from kvlink_core.types import DocumentCache
+
+
+class Reposition:
+    """Re-positioned caches."""
+
+    name = "reposition"
+    uses_caches = True
+
+    def links(self, layout: PromptLayout) -> LinkTokens | None:
+        """None."""
+        return None
+
+    def link(self, model: LoadedModel, prompt: Prompt, caches: Sequence[DocumentCache], *, reserve: int) -> LinkedCache:
+        """Place the caches; prefix and suffix are pending."""
+        return place_at_prompt_positions(model, prompt, caches, reserve=reserve)

@@ -1,0 +1,179 @@
+"""One question, from documents to an answer: look up, load, link, prefill, decode.
+
+This is what the command line, the evaluation and the service share. It reads as the query path of DESIGN section 5;
+nothing below it calls back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from kvlink_core.engine import Generation, SamplingParams, TokenEvent
+from kvlink_core.errors import PromptTooLongError
+from kvlink_core.linking import Linker, get_linker
+from kvlink_core.models import LoadedModel
+from kvlink_core.prompt import Prompt
+from kvlink_core.store import DocumentStore
+from kvlink_core.store.resolver import Counters, DocumentResolver, Lookup, ResolvedDocument
+from kvlink_core.types import Document, DocumentCache, DocumentRef, Message
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRequest:
+    """A conversation, the documents it stands on, and how to answer.
+
+    ``linker`` is a registered name, or ``None`` for the model's default.
+    """
+
+    messages: Sequence[Message]
+    documents: Sequence[Document | DocumentRef] = ()
+    linker: str | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one answer: of the prompt, of these taken from caches, of these computed, and generated."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    computed_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds of each step up to the first token; ``ttft_s`` is their sum as a clock saw it."""
+
+    lookup_s: float
+    load_s: float
+    link_s: float
+    prefill_s: float
+    ttft_s: float
+
+
+class Answer:
+    """An answer under way: its first token is known. Iterate once for the events; ``close`` to abandon it."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        prompt: Prompt,
+        linker: str,
+        computed_tokens: int,
+        cached_tokens: int,
+        documents: list[ResolvedDocument],
+        timings: Timings,
+    ) -> None:
+        self._generation: Generation | None = generation
+        self._prompt = prompt
+        self._computed = computed_tokens
+        self._cached = cached_tokens
+        self._completed = 0
+        self.linker = linker
+        self.documents = documents
+        self.timings = timings
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        """The events of the answer, one per token."""
+        if self._generation is None:
+            return
+        for event in self._generation:
+            self._completed += len(event.token_ids)
+            yield event
+            if self._generation is None:  # closed by the consumer between two tokens
+                return
+        self.close()
+
+    def close(self) -> None:
+        """Drop the linked cache; idempotent."""
+        self._generation = None
+
+    def text(self) -> str:
+        """The whole (remaining) answer."""
+        return "".join(event.text for event in self)
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts so far."""
+        return Usage(self._prompt.length, self._cached, self._computed, self._completed)
+
+
+class Session:
+    """Answers questions with one model over one store. Safe to use from several threads.
+
+    Args:
+        model: the model.
+        store: opened with ``model.fingerprint``, or ``None``: then documents must come as text.
+    """
+
+    def __init__(self, model: LoadedModel, store: DocumentStore | None = None) -> None:
+        self.model = model
+        self._resolver = DocumentResolver(model, store)
+
+    @property
+    def counters(self) -> Counters:
+        """What happened since start."""
+        return self._resolver.counters
+
+    def validate(self, request: AnswerRequest) -> None:
+        """Everything that can be refused before a payload is loaded or a token computed.
+
+        Raises:
+            InputError: see its subclasses.
+        """
+        self._plan(request)
+
+    def start(self, request: AnswerRequest) -> Answer:
+        """Answer; returns when the first token is known.
+
+        Raises:
+            InputError: see its subclasses.
+            StoreUnavailableError: the store does not answer and a document is known by its id alone.
+        """
+        started = time.perf_counter()
+        linker, lookup, max_tokens = self._plan(request)
+        looked_up = time.perf_counter()
+        caches: list[DocumentCache] = []
+        if linker.uses_caches and lookup.ids:
+            caches, resolved = self._resolver.load(lookup)
+        else:
+            lengths = zip(lookup.ids, lookup.lengths, strict=True)
+            resolved = [ResolvedDocument(i, n, None) for i, n in lengths]
+        prompt = self._prompt(request, linker, self._resolver.fill_tokens(lookup))
+        loaded = time.perf_counter()
+        linked = linker.link(self.model, prompt, caches, reserve=max_tokens)
+        computed_tokens = linked.computed_tokens
+        linked_at = time.perf_counter()
+        generation = Generation(linked, request.sampling, max_tokens=max_tokens, stop_ids=self.model.stop_ids)
+        done = time.perf_counter()
+        cached = sum(r.tokens for r in resolved if r.origin == "store")
+        encoded = sum(c.tokens for c in caches) - cached
+        return Answer(
+            generation,
+            prompt,
+            linker.name,
+            computed_tokens + encoded,
+            cached,
+            resolved,
+            Timings(looked_up - started, loaded - looked_up, linked_at - loaded, done - linked_at, done - started),
+        )
+
+    def _plan(self, request: AnswerRequest) -> tuple[Linker, Lookup, int]:
+        """Choose the linker, find the documents, and check that all of it fits."""
+        request.sampling.validate()
+        linker = get_linker(request.linker or self.model.default_linker)
+        lookup = self._resolver.lookup(request.documents)
+        stand_ins = [[0] * n for n in lookup.lengths]
+        length = self._prompt(request, linker, stand_ins).length
+        room = self.model.context_length - length
+        if room < 1:
+            raise PromptTooLongError(length, self.model.context_length)
+        return linker, lookup, min(room, request.sampling.max_tokens)
+
+    def _prompt(self, request: AnswerRequest, linker: Linker, documents: Sequence[Sequence[int]]) -> Prompt:
+        layout = self.model.layout
+        links = linker.links(layout) if documents else None
+        return layout.build(request.messages, documents, links=links)

@@ -1,0 +1,205 @@
+"""From the documents of a request to their caches: load what the store has, encode what it lacks, distrust the rest.
+
+Fail closed: a payload that cannot be trusted is computed again from the document's tokens, counted and logged. A
+damaged store can make an answer slower, never different.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from kvlink_core.store.catalog import CatalogRow
+from kvlink_core.store.store import DocumentStore
+
+from kvlink_core.encode import DocumentEncoder
+from kvlink_core.errors import DuplicateDocumentError, PayloadError, UnknownDocumentError
+from kvlink_core.fingerprint import token_digest
+from kvlink_core.models import LoadedModel
+from kvlink_core.types import Document, DocumentCache, DocumentRef
+
+logger = logging.getLogger(__name__)
+
+Origin = Literal["store", "encoded", "reencoded-corrupt"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedDocument:
+    """Where a document's cache came from. ``origin`` is None while nothing was loaded for it (linker ``full``)."""
+
+    id: str | None
+    tokens: int
+    origin: Origin | None
+
+
+@dataclass(slots=True)
+class Lookup:
+    """The documents of one request, found but not yet loaded.
+
+    ``token_ids`` is known for documents sent as text and filled in for the others when they are loaded.
+    """
+
+    ids: list[str | None]
+    rows: list[CatalogRow | None]
+    token_ids: list[list[int] | None]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each document."""
+        pairs = zip(self.rows, self.token_ids, strict=True)
+        return [len(t) if t is not None else row.tokens if row else 0 for row, t in pairs]
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since start. Read at any time; changed under a lock."""
+
+    documents_hit: int = 0
+    documents_encoded: int = 0
+    corrupt_payloads: int = 0
+    requested_tokens: int = 0
+    hit_tokens: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, **amounts: int) -> None:
+        """Add to several counters at once."""
+        with self._lock:
+            for name, amount in amounts.items():
+                setattr(self, name, getattr(self, name) + amount)
+
+    def as_dict(self) -> dict[str, int]:
+        """A consistent copy."""
+        with self._lock:
+            return {n: getattr(self, n) for n in self.__slots__ if not n.startswith("_")}
+
+
+class DocumentResolver:
+    """Finds and loads document caches.
+
+    Args:
+        model: encodes what is missing.
+        store: opened with the model's fingerprint, or ``None`` to encode everything.
+        refresh_after: least seconds between two looks for newly committed documents when one is not found.
+    """
+
+    def __init__(
+        self, model: LoadedModel, store: DocumentStore | None = None, *, refresh_after: float = 1.0
+    ) -> None:
+        self.model = model
+        self.store = store
+        self.counters = Counters()
+        self._encoder = DocumentEncoder(model)
+        self._refresh_after = refresh_after
+        self._refreshed = time.monotonic()
+        self._refresh_lock = threading.Lock()
+
+    def lookup(self, documents: Sequence[Document | DocumentRef]) -> Lookup:
+        """Find documents in the catalog; loads no payload.
+
+        Raises:
+            UnknownDocumentError: ids that the store does not have, all of them named.
+            DuplicateDocumentError: one id with two texts.
+            EmptyDocumentError: a document without text.
+        """
+        texts: dict[str, tuple[str | None, str]] = {}
+        for document in documents:
+            if isinstance(document, Document) and document.id:
+                content = (document.title, document.text)
+                if texts.setdefault(document.id, content) != content:
+                    raise DuplicateDocumentError(
+                        f"document id {document.id!r} comes with two different texts; give each its own id.",
+                        param="documents",
+                    )
+        token_ids = [
+            self.model.layout.document_tokens(d) if isinstance(d, Document) else None for d in documents
+        ]
+        by_id = self._by_id([d.id for d in documents if isinstance(d, DocumentRef)])
+        digests = [None if t is None else digest_of(t) for t in token_ids]
+        by_tokens = self.store.lookup_tokens([d for d in digests if d]) if self.store else {}
+        rows = [
+            by_tokens.get(digest) if digest is not None else by_id[document.id]
+            for document, digest in zip(documents, digests, strict=True)
+        ]
+        return Lookup([d.id or None for d in documents], rows, token_ids)
+
+    def _by_id(self, ids: list[str]) -> dict[str, CatalogRow]:
+        found = self.store.lookup(ids) if self.store else {}
+        if self.store and len(found) < len(set(ids)) and self._refresh():
+            found = self.store.lookup(ids)
+        missing = [i for i in dict.fromkeys(ids) if i not in found]
+        if missing:
+            raise UnknownDocumentError(missing)
+        return found
+
+    def _refresh(self) -> bool:
+        """Look for new documents, at most once per ``refresh_after`` seconds over all threads."""
+        assert self.store is not None
+        with self._refresh_lock:
+            if time.monotonic() - self._refreshed < self._refresh_after:
+                return False
+            changed = self.store.refresh()
+            self._refreshed = time.monotonic()
+            return changed
+
+    def fill_tokens(self, lookup: Lookup) -> list[list[int]]:
+        """Token ids of every document, without loading caches."""
+        wanted = [r for r, t in zip(lookup.rows, lookup.token_ids, strict=True) if t is None and r]
+        if wanted:
+            assert self.store is not None
+            tokens = dict(zip((r.token_digest for r in wanted), self.store.token_ids(wanted), strict=True))
+            for i, row in enumerate(lookup.rows):
+                if lookup.token_ids[i] is None and row:
+                    lookup.token_ids[i] = tokens[row.token_digest]
+        return [t for t in lookup.token_ids if t is not None]
+
+    def load(self, lookup: Lookup) -> tuple[list[DocumentCache], list[ResolvedDocument]]:
+        """Caches of all documents, in order. Bad payloads are recomputed; token ids are filled in."""
+        caches: dict[str, DocumentCache] = {}
+        origins: dict[str, Origin] = {}
+        rows = {r.token_digest: r for r in lookup.rows if r}
+        if rows:
+            assert self.store is not None
+            for (digest, row), loaded in zip(rows.items(), self.store.load(list(rows.values())), strict=True):
+                if isinstance(loaded, PayloadError):
+                    logger.warning(
+                        "document %r: stored payload refused (%s: %s); computing it again",
+                        row.document_id, loaded.code, loaded,
+                    )  # fmt: skip
+                    self.counters.add(corrupt_payloads=1)
+                    origins[digest] = "reencoded-corrupt"
+                else:
+                    caches[digest] = loaded
+                    origins[digest] = "store"
+        keys = [
+            row.token_digest if row else digest_of(t or [])
+            for row, t in zip(lookup.rows, lookup.token_ids, strict=True)
+        ]
+        if missing := [k for k in dict.fromkeys(keys) if k not in caches]:
+            if any(lookup.token_ids[keys.index(k)] is None for k in missing):
+                self.fill_tokens(lookup)
+            encoded = self._encoder.encode([lookup.token_ids[keys.index(k)] or [] for k in missing])
+            caches.update(zip(missing, encoded, strict=True))
+            self.counters.add(documents_encoded=len(missing))
+        ordered = [caches[k] for k in keys]
+        lookup.token_ids = [c.token_ids.tolist() for c in ordered]
+        resolved = [
+            ResolvedDocument(i, c.tokens, origins.get(k, "encoded"))
+            for i, k, c in zip(lookup.ids, keys, ordered, strict=True)
+        ]
+        hits = [r for r in resolved if r.origin == "store"]
+        self.counters.add(
+            documents_hit=len(hits),
+            requested_tokens=sum(r.tokens for r in resolved),
+            hit_tokens=sum(r.tokens for r in hits),
+        )
+        return ordered, resolved
+
+
+def digest_of(token_ids: Sequence[int]) -> str:
+    """The token digest under which a document's cache is stored."""
+    return token_digest(np.asarray(token_ids, dtype="<u4").tobytes())

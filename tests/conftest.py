@@ -1,0 +1,42 @@
+"""Fixtures of all tests. The environment is set before anything imports Ray or transformers."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    RAY_AUTH_MODE="disabled",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+)
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny
+
+from kvlink_core.models import LoadedModel, load_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory: tiny random Llama, byte tokenizer, link tokens."""
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_model_dir: Path) -> LoadedModel:
+    """That model, loaded."""
+    return load_model(str(tiny_model_dir))
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray for all tests that need one."""
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100_000_000)
+    yield
+    ray.shutdown()
