@@ -1,0 +1,25 @@
+"""How K and V become bytes: codecs, chosen by name."""
+
+from kvlink_core.compress.codec import (
+    DTYPES,
+    CacheShape,
+    Codec,
+    ColumnSpec,
+    EncodedColumn,
+    EncodedDocument,
+    codec_spec,
+)
+from kvlink_core.compress.registry import codec_names, get_codec, make_codec
+
+__all__ = [
+    "DTYPES",
+    "CacheShape",
+    "Codec",
+    "ColumnSpec",
+    "EncodedColumn",
+    "EncodedDocument",
+    "codec_names",
+    "codec_spec",
+    "get_codec",
+    "make_codec",
+]

@@ -1,0 +1,161 @@
+"""What a codec is: a document cache to columns of bytes and back.
+
+A codec knows nothing of files. It turns K and V into named columns, one value of bytes per layer, plus the parameters
+that decoding needs; the store writes the columns down, checks them when it reads them, and hands them back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+
+from kvlink_core.errors import PayloadCorruptError
+from kvlink_core.types import DocumentCache
+
+#: What a parameter may be: anything that JSON writes and reads back unchanged.
+ParamValue = str | int | float | bool
+
+#: The dtypes that can be stored, by the name they have in fingerprints and manifests.
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The stored name of ``dtype``, e.g. ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """The shape of a document cache: keys ``[layers, kv_heads, tokens, head_dim]``, values with ``value_dim``."""
+
+    layers: int
+    kv_heads: int
+    tokens: int
+    head_dim: int
+    value_dim: int
+    dtype: str
+
+    @classmethod
+    def of(cls, cache: DocumentCache) -> CacheShape:
+        """The shape of ``cache``."""
+        layers, kv_heads, tokens, head_dim = cache.keys.shape
+        return cls(layers, kv_heads, tokens, head_dim, cache.values.shape[3], dtype_name(cache.keys.dtype))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch knows it. Raises ``PayloadCorruptError`` for a name that is not in ``DTYPES``."""
+        if self.dtype not in DTYPES:
+            raise PayloadCorruptError(f"dtype {self.dtype!r} is none of {sorted(DTYPES)}")
+        return DTYPES[self.dtype]
+
+    @property
+    def keys_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the keys."""
+        return (self.layers, self.kv_heads, self.tokens, self.head_dim)
+
+    @property
+    def values_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the values."""
+        return (self.layers, self.kv_heads, self.tokens, self.value_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnSpec:
+    """One column of a codec and how Parquet is to store it."""
+
+    name: str
+    compression: Literal["NONE", "ZSTD"] = "NONE"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedColumn:
+    """The values of one column, one per layer, laid end to end.
+
+    Attributes:
+        data: uint8 ``[sum(lengths)]``, contiguous, on the CPU; may be a view of memory that must not be written.
+        lengths: bytes of each layer's value.
+    """
+
+    data: torch.Tensor
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedDocument:
+    """A document cache as a codec wrote it.
+
+    Attributes:
+        shape: of the cache that it decodes to.
+        token_ids: int64 ``[tokens]``.
+        columns: by name, exactly those of the codec.
+        params: what decoding this very document needs beyond the codec's own parameters.
+    """
+
+    shape: CacheShape
+    token_ids: torch.Tensor
+    columns: Mapping[str, EncodedColumn]
+    params: Mapping[str, ParamValue] = field(default_factory=dict)
+
+
+class Codec(Protocol):
+    """How K and V become bytes. Implementations are stateless and safe to use from several threads."""
+
+    @property
+    def name(self) -> str:
+        """The name that users and shards call it by."""
+        ...
+
+    @property
+    def params(self) -> Mapping[str, ParamValue]:
+        """All parameters that it was made with, so that ``make_codec(name, params)`` makes an equal one."""
+        ...
+
+    @property
+    def columns(self) -> tuple[ColumnSpec, ...]:
+        """The columns, in the order in which they are stored."""
+        ...
+
+    def encode(self, cache: DocumentCache) -> EncodedDocument:
+        """Encode ``cache``. The result may share memory with it."""
+        ...
+
+    def decode(self, document: EncodedDocument) -> DocumentCache:
+        """Decode ``document``. The result may share memory with it, so it must not be written to.
+
+        Raises ``PayloadCorruptError`` when columns or parameters do not fit the shape.
+        """
+        ...
+
+
+def codec_spec(codec: Codec) -> str:
+    """The codec as one string, fit for a key: ``raw``, or ``name:key=value,...`` sorted by key."""
+    if not codec.params:
+        return codec.name
+    return codec.name + ":" + ",".join(f"{key}={codec.params[key]}" for key in sorted(codec.params))
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of ``tensor`` in C order as uint8 ``[nbytes]`` on the CPU; a view where possible."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
+def tensor_of(data: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Read bytes as a tensor, without a copy unless the bytes are not aligned for ``dtype``.
+
+    Raises ``PayloadCorruptError`` when the number of bytes is not that of ``shape``.
+    """
+    needed = math.prod(shape) * dtype.itemsize
+    if data.numel() != needed:
+        raise PayloadCorruptError(f"{data.numel()} bytes for a tensor {list(shape)} that needs {needed}")
+    if data.data_ptr() % dtype.itemsize:
+        data = data.clone()  # torch would read it on this processor, but nothing promises that it may
+    return data.view(dtype).view(shape)

@@ -1,0 +1,48 @@
+"""Codecs by name. A new one is a file of its own and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from kvlink_core.compress.codec import Codec, ParamValue
+from kvlink_core.compress.raw import RawCodec
+from kvlink_core.errors import ConfigError, UnknownCodecError
+
+_FACTORIES: Mapping[str, Callable[[Mapping[str, ParamValue]], Codec]] = {
+    "raw": RawCodec.from_params,
+}
+
+
+def codec_names() -> tuple[str, ...]:
+    """The names that ``make_codec`` knows, sorted."""
+    return tuple(sorted(_FACTORIES))
+
+
+def make_codec(name: str, params: Mapping[str, ParamValue]) -> Codec:
+    """The codec of that name. Raises ``UnknownCodecError``, or ``ConfigError`` for parameters it does not have."""
+    if name not in _FACTORIES:
+        raise UnknownCodecError(f"no codec {name!r}; there are: {', '.join(codec_names())}", param="codec")
+    return _FACTORIES[name](params)
+
+
+def get_codec(spec: str) -> Codec:
+    """The codec that a user wrote as ``name`` or ``name:key=value,...``. Raises like ``make_codec``."""
+    name, _, rest = spec.partition(":")
+    params: dict[str, ParamValue] = {}
+    for part in rest.split(",") if rest else []:
+        key, equals, value = part.partition("=")
+        if not key or not equals or key in params:
+            raise ConfigError(f"codec {spec!r} is not of the form name:key=value,key=value", param="codec")
+        params[key] = _parse(value)
+    return make_codec(name, params)
+
+
+def _parse(value: str) -> ParamValue:
+    if value in ("True", "False"):
+        return value == "True"
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
