@@ -42,9 +42,7 @@ class AutoscalingSettings(_Settings):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.min_replicas > self.max_replicas:
-            raise ValueError(
-                f"min_replicas ({self.min_replicas}) is larger than max_replicas ({self.max_replicas})"
-            )
+            raise ValueError(f"min_replicas ({self.min_replicas}) is larger than max_replicas ({self.max_replicas})")
         return self
 
 
@@ -53,12 +51,8 @@ class EngineSettings(_Settings):
 
     num_cpus: float = Field(default=1.0, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
-    torch_threads: int | None = Field(
-        default=None, ge=1, description="threads of torch; default: num_cpus, at least 1"
-    )
-    max_running: int = Field(
-        default=8, ge=1, description="requests that generate at the same time in one replica"
-    )
+    torch_threads: int | None = Field(default=None, ge=1, description="threads of torch; default: num_cpus, at least 1")
+    max_running: int = Field(default=8, ge=1, description="requests that generate at the same time in one replica")
     max_waiting: int = Field(default=32, ge=0, description="requests that wait for a replica; more get 503")
     retry_after_s: float = Field(default=1.0, ge=0, description="what a refused client is told to wait")
     stuck_after_s: float = Field(
@@ -84,9 +78,7 @@ class IngressSettings(_Settings):
 class SamplingDefaults(_Settings):
     """What a request gets that does not say."""
 
-    temperature: float = Field(
-        default=0.0, ge=0, le=2, description="0 is greedy: the same question, the same answer"
-    )
+    temperature: float = Field(default=0.0, ge=0, le=2, description="0 is greedy: the same question, the same answer")
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     max_tokens: int = Field(default=128, ge=1)
@@ -103,12 +95,10 @@ class ServiceConfig(_Settings):
     storage_options: dict[str, str] = {}
     device: str = "cpu"
     dtype: str | None = None
-    linker: str | None = Field(
-        default=None, description="for requests that name none; default: the model's own"
+    check: bool = Field(
+        default=True, description="look at model and store before deploying; false where only replicas see them"
     )
-    refresh_interval_s: float = Field(
-        default=1.0, ge=0, description="at most one look for new documents in this time"
-    )
+    linker: str | None = Field(default=None, description="for requests that name none; default: the model's own")
     sampling: SamplingDefaults = SamplingDefaults()
     engine: EngineSettings = EngineSettings()
     ingress: IngressSettings = IngressSettings()

@@ -1,13 +1,12 @@
-"""``POST /v1/chat/completions``: the request, as OpenAI defines it, plus ``documents``, ``linker`` and ``top_k``.
+"""``POST /v1/chat/completions``: the request, as OpenAI has it, plus ``documents``, ``linker`` and ``top_k``.
 
-Three kinds of fields: those that work; those that change nothing here and are accepted; and those that would change
-the answer and are not supported, which are refused unless they hold the value that means "off". Anything else is
-unknown and refused. Types are strict: ``"0.5"`` is not a number.
+Three kinds of fields: those that work; those that change nothing here and are accepted; and those that would
+change the answer and are not supported, which are refused unless they hold the value that means "off".
+Anything else is unknown and refused. Types are strict: ``"0.5"`` is not a number.
 """
 
 from __future__ import annotations
 
-import hashlib
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -72,7 +71,7 @@ class TextPart(_Body):
 
 
 class ChatMessage(_Body):
-    """One turn. Fields that replies carry are accepted when empty, so that a reply can be sent back as it came."""
+    """One turn. Fields of replies are accepted when empty, so that a reply can be sent back as it came."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
@@ -111,9 +110,7 @@ class DocumentParam(_Body):
     @classmethod
     def _not_empty(cls, text: str | None) -> str | None:
         if text is not None and not text.strip():
-            raise PydanticCustomError(
-                "empty_document", "the document has no text; leave it out or send its text"
-            )
+            raise PydanticCustomError("empty_document", "the document has no text; leave it out or send its text")
         return text
 
     @model_validator(mode="after")
@@ -140,21 +137,17 @@ class ChatCompletionRequest(_Body):
     documents: list[DocumentParam] | None = Field(
         default=None, description="Documents to answer from, in this order; cached ones cost next to nothing."
     )
-    linker: str | None = Field(
-        default=None, description="How cached documents are linked; default: the service's."
-    )
+    linker: str | None = Field(default=None, description="How cached documents are linked; default: the service's.")
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0, le=2**31 - 1, description="0: all tokens.")
-    max_tokens: int | None = Field(default=None, ge=1, le=2**20)
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**20)
+    max_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stop: (
         Annotated[
             Annotated[str, Field(min_length=1, max_length=512), Tag("(one)")]
-            | Annotated[
-                list[Annotated[str, Field(min_length=1, max_length=512)]], Field(max_length=4), Tag("(many)")
-            ],
+            | Annotated[list[Annotated[str, Field(min_length=1, max_length=512)]], Field(max_length=4), Tag("(many)")],
             Discriminator(
                 _one_or_many,
                 custom_error_type="stop_type",
@@ -211,9 +204,7 @@ class ChatCompletionRequest(_Body):
     def _agree(self) -> Self:
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
-            raise PydanticCustomError(
-                "invalid_value", "max_tokens and max_completion_tokens differ; send one of them"
-            )
+            raise PydanticCustomError("invalid_value", "max_tokens and max_completion_tokens differ; send one of them")
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("invalid_value", "stream_options needs stream to be true")
         return self
@@ -234,9 +225,7 @@ def validation_error(faults: list[dict[str, Any]]) -> ApiError:
     fault = faults[0]
     kind, param = fault["type"], parameter_name(tuple(fault["loc"]))
     if kind == "json_invalid" or (kind == "model_attributes_type" and param is None):
-        detail = fault.get("ctx", {}).get(
-            "error", "the body must be one JSON object, sent as application/json"
-        )
+        detail = fault.get("ctx", {}).get("error", "the body must be one JSON object, sent as application/json")
         return ApiError(400, f"the body is not a JSON object: {detail}", "invalid_json")
     if kind == "extra_forbidden":
         return ApiError(400, f"unknown parameter: {param}", "unknown_parameter", param)
@@ -254,27 +243,21 @@ def engine_request(
     """What the engine is asked, defaults filled in.
 
     Raises:
-        ApiException: more documents or messages than allowed, or one document id with two texts.
+        ApiException: more documents or messages than allowed, or nothing asked.
     """
     documents = body.documents or []
     if len(documents) > limits.max_documents:
-        raise _refused(
-            f"{len(documents)} documents, and at most {limits.max_documents} are allowed.", "documents"
-        )
+        raise _refused(f"{len(documents)} documents, and at most {limits.max_documents} are allowed.", "documents")
     if len(body.messages) > limits.max_messages:
-        raise _refused(
-            f"{len(body.messages)} messages, and at most {limits.max_messages} are allowed.", "messages"
-        )
+        raise _refused(f"{len(body.messages)} messages, and at most {limits.max_messages} are allowed.", "messages")
     if not body.messages[-1].text.strip():
         raise _refused("the last message has no text; ask something.", "messages", "empty_question")
     max_tokens = body.max_completion_tokens or body.max_tokens or defaults.max_tokens
     stop = body.stop or ()
     return EngineRequest(
         request_id=request_id,
-        messages=tuple(
-            WireMessage("system" if m.role == "developer" else m.role, m.text) for m in body.messages
-        ),
-        documents=_documents(documents),
+        messages=tuple(WireMessage("system" if m.role == "developer" else m.role, m.text) for m in body.messages),
+        documents=tuple(WireDocument(d.id, d.text, d.title) for d in documents),
         linker=body.linker,
         sampling=WireSampling(
             temperature=defaults.temperature if body.temperature is None else body.temperature,
@@ -285,28 +268,6 @@ def engine_request(
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
         ),
     )
-
-
-def _documents(documents: list[DocumentParam]) -> tuple[WireDocument, ...]:
-    result: list[WireDocument] = []
-    texts: dict[str, tuple[str | None, str | None]] = {}
-    for i, document in enumerate(documents):
-        name = document.id or _text_id(document)
-        content = (document.title, document.text)
-        if texts.setdefault(name, content) != content:
-            raise _refused(
-                f"document id {name!r} is given twice with different content; give each document its own id.",
-                f"documents[{i}].id",
-                "duplicate_document",
-            )
-        result.append(WireDocument(name, document.text, document.title))
-    return tuple(result)
-
-
-def _text_id(document: DocumentParam) -> str:
-    """A name for a document that came without one: the same text, the same name."""
-    content = f"{document.title or ''}\0{document.text or ''}"
-    return "text-" + hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _refused(message: str, param: str, code: str = "invalid_value") -> ApiException:

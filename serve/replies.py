@@ -1,7 +1,8 @@
-"""What the service sends back: completions, chunks of a stream, models, errors. Also the source of the OpenAPI page."""
+"""What the service sends back: completions, chunks of a stream, models, errors; also what OpenAPI shows."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Literal
 
 from pydantic import BaseModel
@@ -27,11 +28,11 @@ class Usage(BaseModel):
 
 
 class DocumentOut(BaseModel):
-    """Where a document's cache came from: ``store``, ``encoded`` or ``reencoded-corrupt``."""
+    """Where a document's cache came from; null where none was used (linker ``full``)."""
 
-    id: str
+    id: str | None
     tokens: int
-    origin: str
+    origin: Literal["store", "encoded", "reencoded-corrupt"] | None
 
 
 class KVLinkOut(BaseModel):
@@ -162,7 +163,7 @@ def extension_of(report: Report) -> KVLinkOut:
         computed_tokens=report.computed_tokens,
         ttft_ms=_ms(report.ttft_s),
         phases_ms={name: _ms(seconds) for name, seconds in report.phases_s},
-        documents=[DocumentOut(id=d.id, tokens=d.tokens, origin=d.origin) for d in report.documents],
+        documents=[DocumentOut.model_validate(asdict(d)) for d in report.documents],
     )
 
 
@@ -206,9 +207,7 @@ class ChunkWriter:
             return self._event(choices, kvlink=extension_of(report))
         return self._event(choices) + self._event([], usage=usage_of(report), kvlink=extension_of(report))
 
-    def _event(
-        self, choices: list[ChunkChoice], usage: Usage | None = None, kvlink: KVLinkOut | None = None
-    ) -> bytes:
+    def _event(self, choices: list[ChunkChoice], usage: Usage | None = None, kvlink: KVLinkOut | None = None) -> bytes:
         chunk = ChatCompletionChunk.model_validate({**self._fields, "choices": choices})
         if self._include_usage:
             chunk.usage = usage

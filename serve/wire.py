@@ -1,13 +1,13 @@
 """What travels between the ingress and the engine replica: plain frozen values, and errors as data.
 
 An exception that crosses Ray arrives wrapped, with its class rebuilt from a pickle; a field that says
-``status: 404`` arrives as it was sent. So a replica never raises for a request: it answers ``Failed(ApiError(...))``.
+``status: 404`` arrives as it was sent. So a replica never raises for a request: it answers ``Failed``.
 Nothing here imports torch, so that the ingress stays light.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from kvlink_core.errors import (
@@ -80,9 +80,9 @@ class WireMessage:
 
 @dataclass(frozen=True, slots=True)
 class WireDocument:
-    """A document: ``text`` is ``None`` when only its id was sent."""
+    """A document by its id, its text, or both."""
 
-    id: str
+    id: str | None
     text: str | None = None
     title: str | None = None
 
@@ -109,18 +109,14 @@ class EngineRequest:
     linker: str | None
     sampling: WireSampling
 
-    def with_id(self, request_id: str) -> EngineRequest:
-        """The same request under another id."""
-        return replace(self, request_id=request_id)
-
 
 @dataclass(frozen=True, slots=True)
 class DocumentReport:
-    """Where one document's cache came from."""
+    """Where one document's cache came from; ``origin`` is ``None`` where no cache was used (linker ``full``)."""
 
-    id: str
+    id: str | None
     tokens: int
-    origin: str
+    origin: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,100 @@
+"""What the engine replica counts. Names are the field's own; Ray exports them with the prefix ``ray_``."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+from serve.wire import Report
+
+#: Seconds; fine below 100 ms, where a hot request lives.
+LATENCY_BUCKETS = [0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 3, 5, 10, 20, 60]
+
+
+class Metrics(Protocol):
+    """Where a replica reports what happens."""
+
+    def running(self, count: int) -> None:
+        """Requests in this replica now."""
+        ...
+
+    def first_token(self, linker: str, seconds: float) -> None:
+        """A request got its first token."""
+        ...
+
+    def lookup(self, *, requested_tokens: int, hit_tokens: int, corrupt_payloads: int) -> None:
+        """The documents of a request were resolved."""
+        ...
+
+    def finished(self, report: Report, seconds: float) -> None:
+        """A request was answered to its end."""
+        ...
+
+    def failed(self, code: str) -> None:
+        """A request was answered with an error."""
+        ...
+
+
+class PrometheusMetrics:
+    """``Metrics`` over Ray's exporter. Must be made inside a replica."""
+
+    def __init__(self) -> None:
+        self._running = Gauge("kvlink_requests_running", description="Requests that generate now.")
+        self._ttft = Histogram(
+            "kvlink_time_to_first_token_seconds",
+            description="From a request's arrival at the engine to its first token.",
+            boundaries=LATENCY_BUCKETS,
+            tag_keys=("linker",),
+        )
+        self._latency = Histogram(
+            "kvlink_e2e_request_latency_seconds",
+            description="From a request's arrival at the engine to its last token.",
+            boundaries=LATENCY_BUCKETS,
+            tag_keys=("linker",),
+        )
+        self._requested = Counter(
+            "kvlink_lookup_requested_tokens_total", description="Document tokens that requests asked for."
+        )
+        self._hit = Counter(
+            "kvlink_lookup_hit_tokens_total", description="Of these, tokens that the store had.", tag_keys=("tier",)
+        )
+        self._recomputed = Counter(
+            "kvlink_recomputed_tokens_total", description="Document tokens encoded while a request waited."
+        )
+        self._corrupt = Counter(
+            "kvlink_corrupt_payloads_total", description="Stored payloads that were refused and computed again."
+        )
+        self._generated = Counter("kvlink_generation_tokens_total", description="Tokens generated.")
+        self._failed = Counter(
+            "kvlink_request_failures_total", description="Requests answered with an error.", tag_keys=("code",)
+        )
+
+    def running(self, count: int) -> None:
+        """Requests in this replica now."""
+        self._running.set(count)
+
+    def first_token(self, linker: str, seconds: float) -> None:
+        """A request got its first token."""
+        self._ttft.observe(seconds, tags={"linker": linker})
+
+    def lookup(self, *, requested_tokens: int, hit_tokens: int, corrupt_payloads: int) -> None:
+        """The documents of a request were resolved. Zeros are not reported."""
+        if requested_tokens:
+            self._requested.inc(requested_tokens)
+        if hit_tokens:
+            self._hit.inc(hit_tokens, tags={"tier": "store"})
+        if requested_tokens > hit_tokens:
+            self._recomputed.inc(requested_tokens - hit_tokens)
+        if corrupt_payloads:
+            self._corrupt.inc(corrupt_payloads)
+
+    def finished(self, report: Report, seconds: float) -> None:
+        """A request was answered to its end."""
+        self._latency.observe(seconds, tags={"linker": report.linker})
+        if report.completion_tokens:
+            self._generated.inc(report.completion_tokens)
+
+    def failed(self, code: str) -> None:
+        """A request was answered with an error."""
+        self._failed.inc(1, tags={"code": code})

@@ -1,0 +1,267 @@
+"""The engine replica: it holds the model and the store, and turns a request into events.
+
+One thread does all the computing. A request's first token is one step, each further token another, and the steps of
+concurrent requests queue for that thread, so they take turns and nothing in the core is entered twice. The event
+loop stays free: health checks are answered while the thread computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from typing import TypeVar
+
+import torch
+
+from kvlink_core.errors import KVLinkError
+from kvlink_core.linking import linker_names
+from kvlink_core.models import load_model
+from kvlink_core.session import Answer, AnswerRequest, SamplingParams, Session, TokenEvent
+from kvlink_core.store import DocumentStore
+from kvlink_core.types import Document, DocumentRef, Message
+from serve.config import ServiceConfig
+from serve.metrics import Metrics, PrometheusMetrics
+from serve.wire import (
+    ApiError,
+    DocumentReport,
+    EngineRequest,
+    Event,
+    Failed,
+    ModelCard,
+    Piece,
+    Report,
+    WireDocument,
+    api_error,
+)
+
+logger = logging.getLogger("ray.serve")
+
+T = TypeVar("T")
+
+
+class _Steps:
+    """The computing thread, and since when it has been busy with the step at hand."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._since: float | None = None
+
+    def submit(self, step: Callable[[], T]) -> Future[T]:
+        return self._thread.submit(self._timed, step)
+
+    @property
+    def busy_s(self) -> float:
+        """Age of the step at hand."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def _timed(self, step: Callable[[], T]) -> T:
+        self._since = time.monotonic()
+        try:
+            return step()
+        finally:
+            self._since = None
+
+
+class EngineServer:
+    """Answers requests with one model over one store.
+
+    Args:
+        session: the core's session.
+        card: what is served.
+        metrics: where to report.
+        stuck_after_s: a step older than this fails the health check.
+        linker: for requests that name none; ``None`` for the model's own.
+    """
+
+    def __init__(
+        self, session: Session, card: ModelCard, metrics: Metrics, *, stuck_after_s: float, linker: str | None = None
+    ) -> None:
+        self._session = session
+        self._card = card
+        self._metrics = metrics
+        self._stuck_after_s = stuck_after_s
+        self._linker = linker
+        self._steps = _Steps()
+        self._running = 0
+        self._counted = dict.fromkeys(("requested_tokens", "hit_tokens", "corrupt_payloads"), 0)
+
+    async def card(self) -> ModelCard:
+        """What is served."""
+        return self._card
+
+    async def ping(self) -> str:
+        """Answers when the replica does."""
+        await self.check_health()
+        return "ok"
+
+    async def check_health(self) -> None:
+        """Raise when the computing thread is stuck; Serve then replaces the replica."""
+        if self._steps.busy_s > self._stuck_after_s:
+            raise RuntimeError(f"one engine step has been running for {self._steps.busy_s:.0f} s")
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[Event, None]:
+        """Answer one request. Closing or cancelling the generator drops it after the step at hand.
+
+        Never raises for a request: a fault is a last event ``Failed``.
+        """
+        arrived = time.monotonic()
+        answer: Future[Answer] | None = None
+        self._running += 1
+        self._metrics.running(self._running)
+        try:
+            answer = self._steps.submit(lambda: self._start(request))
+            started = await asyncio.wrap_future(answer)
+            ttft_s = time.monotonic() - arrived
+            self._metrics.first_token(started.linker, ttft_s)
+            tokens = iter(started)
+            while True:
+                event = await asyncio.wrap_future(self._steps.submit(lambda: next(tokens, None)))
+                assert event is not None, "an answer ends with a finish reason"
+                if event.finish_reason is not None:
+                    yield self._last(request, started, event, ttft_s, time.monotonic() - arrived)
+                    return
+                yield Piece(event.text)
+        except Exception as error:
+            yield Failed(self._fault(request, error))
+        finally:
+            self._running -= 1
+            self._metrics.running(self._running)
+            if answer is not None:
+                answer.add_done_callback(self._drop)
+
+    def _start(self, request: EngineRequest) -> Answer:
+        """On the computing thread: everything up to the first token."""
+        try:
+            answer = self._session.start(self._core_request(request))
+        finally:
+            counters = self._session.counters.as_dict()
+            changes = {name: counters[name] - before for name, before in self._counted.items()}
+            self._counted = {name: counters[name] for name in self._counted}
+            self._metrics.lookup(**changes)
+        for document in answer.documents:
+            if document.origin == "reencoded-corrupt":
+                _log("corrupt_payload", logging.WARNING, request.request_id, document_id=document.id)
+        return answer
+
+    def _core_request(self, request: EngineRequest) -> AnswerRequest:
+        return AnswerRequest(
+            messages=[Message(m.role, m.content) for m in request.messages],
+            documents=[_core_document(d) for d in request.documents],
+            linker=request.linker or self._linker,
+            sampling=SamplingParams(**asdict(request.sampling)),
+        )
+
+    def _last(self, request: EngineRequest, answer: Answer, event: TokenEvent, ttft_s: float, seconds: float) -> Piece:
+        usage = answer.usage
+        phases = asdict(answer.timings)
+        report = Report(
+            linker=answer.linker,
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cached_tokens=usage.cached_tokens,
+            computed_tokens=usage.computed_tokens,
+            ttft_s=ttft_s,
+            phases_s=tuple((n.removesuffix("_s"), s) for n, s in phases.items() if n != "ttft_s"),
+            documents=tuple(DocumentReport(d.id, d.tokens, d.origin) for d in answer.documents),
+        )
+        self._metrics.finished(report, seconds)
+        _log(
+            "answered",
+            logging.INFO,
+            request.request_id,
+            linker=report.linker,
+            prompt_tokens=report.prompt_tokens,
+            cached_tokens=report.cached_tokens,
+            completion_tokens=report.completion_tokens,
+            ttft_ms=round(ttft_s * 1000, 1),
+            total_ms=round(seconds * 1000, 1),
+        )
+        return Piece(event.text, event.finish_reason, report)
+
+    def _fault(self, request: EngineRequest, error: Exception) -> ApiError:
+        fault = api_error(error)
+        self._metrics.failed(fault.code)
+        level = logging.INFO if fault.status < 500 else logging.ERROR
+        _log("refused" if fault.status < 500 else "failed", level, request.request_id, code=fault.code)
+        if fault.status >= 500:
+            logger.error("request %s", request.request_id, exc_info=error)
+        return fault
+
+    @staticmethod
+    def _drop(answer: Future[Answer]) -> None:
+        """Free an answer that may still be started; one that never started has nothing to free."""
+        if not answer.cancelled() and answer.exception() is None:
+            answer.result().close()
+
+
+class EngineReplica(EngineServer):
+    """The deployment: ``EngineServer`` on a model and a store that it loads itself.
+
+    Args:
+        config: the service's settings, as ``ServiceConfig`` dumps them.
+    """
+
+    def __init__(self, config: dict[str, object]) -> None:
+        settings = ServiceConfig.model_validate(config)
+        torch.set_num_threads(settings.engine.torch_threads or max(1, int(settings.engine.num_cpus)))
+        try:
+            session = open_session(settings)
+        except KVLinkError as error:
+            # The text of this reaches `serve status` and the console; the class would only add noise.
+            raise RuntimeError(f"KVLink cannot start: {error}") from None
+        super().__init__(
+            session,
+            model_card(session, settings),
+            PrometheusMetrics(),
+            stuck_after_s=settings.engine.stuck_after_s,
+            linker=settings.linker,
+        )
+
+
+def open_session(settings: ServiceConfig) -> Session:
+    """Load the model and open the store with its fingerprint.
+
+    Raises:
+        KVLinkError: no such model or store, or a store that holds caches of another model.
+    """
+    model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+    if settings.store is None:
+        return Session(model)
+    store = DocumentStore.open(
+        settings.store,
+        fingerprint=model.fingerprint,
+        namespace=settings.namespace,
+        storage_options=settings.storage_options or None,
+    )
+    return Session(model, store)
+
+
+def model_card(session: Session, settings: ServiceConfig) -> ModelCard:
+    """What this session serves."""
+    model = session.model
+    return ModelCard(
+        id=model.name,
+        created=int(time.time()),
+        context_length=model.context_length,
+        fingerprint=model.fingerprint.digest,
+        linkers=linker_names(),
+        default_linker=settings.linker or model.default_linker,
+    )
+
+
+def _core_document(document: WireDocument) -> Document | DocumentRef:
+    if document.text is None:
+        assert document.id is not None, "the schema asks for an id or a text"
+        return DocumentRef(document.id)
+    return Document(document.id or "", document.text, document.title)
+
+
+def _log(event: str, level: int, request_id: str, **fields: object) -> None:
+    """One line per event: readable as text, and as fields where Serve logs JSON."""
+    text = " ".join(f"{name}={value!r}" for name, value in fields.items())
+    logger.log(level, "%s request_id=%s %s", event, request_id, text, extra={"kvlink": {"event": event, **fields}})
