@@ -84,9 +84,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text("utf-8"))
     except OSError as error:
-        raise ConfigError(
-            f"cannot read the configuration {path!r}: {error.strerror}.", param="config"
-        ) from error
+        raise ConfigError(f"cannot read the configuration {path!r}: {error.strerror}.", param="config") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"the configuration {path!r} is not YAML: {error}", param="config") from error
     if not isinstance(values, dict):

@@ -53,9 +53,7 @@ class BadRow:
     reason: str
 
 
-def read_file(
-    file: SourceFile, columns: Columns, options: Mapping[str, Any] | None = None
-) -> Iterator[Row | BadRow]:
+def read_file(file: SourceFile, columns: Columns, options: Mapping[str, Any] | None = None) -> Iterator[Row | BadRow]:
     """The rows of a file, in order.
 
     A row without an id is called ``{file.name}:{line or row number}``; the one document of a ``.txt`` or
@@ -101,9 +99,7 @@ def _read_jsonl(file: SourceFile, stream: Any, columns: Columns) -> Iterator[Row
                 problem = "not a JSON object"
         if problem and not begun:
             # Nothing good came before it, so it is the file, not a line of it, that is something else.
-            what = _other_format(line) or (
-                "one JSON array, not a line for each object" if line[:1] == b"[" else ""
-            )
+            what = _other_format(line) or ("one JSON array, not a line for each object" if line[:1] == b"[" else "")
             found = f"it looks like {what}" if what else f"line {number} is {problem}"
             raise CorpusError(f"{file.url} is not JSON Lines: {found}.")
         begun = True
@@ -167,9 +163,7 @@ def _other_format(head: bytes) -> str | None:
     return next((what for magic, what in _MAGIC.items() if head.startswith(magic)), None)
 
 
-def _row(
-    file: SourceFile, place: str, number: int, value: Mapping[str, Any], columns: Columns
-) -> Row | BadRow:
+def _row(file: SourceFile, place: str, number: int, value: Mapping[str, Any], columns: Columns) -> Row | BadRow:
     """Check one row. Never raises."""
     document_id = value.get(columns.id or "id")
     if document_id is None and columns.id is None:
@@ -194,9 +188,7 @@ def _row(
         return bad("empty_document", "the text is empty")
     title = value.get(columns.title or "title")
     if title is not None and not isinstance(title, str):
-        return bad(
-            "invalid_title", f"{columns.title or 'title'!r} holds {type(title).__name__}, not a string"
-        )
+        return bad("invalid_title", f"{columns.title or 'title'!r} holds {type(title).__name__}, not a string")
     if not _is_unicode(text) or not _is_unicode(title or ""):
         return bad("invalid_text", "the text has half of a surrogate pair, so it is not valid Unicode")
     return Row(place, document_id, text, title.strip() or None if title else None)

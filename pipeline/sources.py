@@ -84,9 +84,7 @@ def _find(source: str, options: dict[str, Any]) -> tuple[list[SourceFile], list[
         if fs.isfile(path):
             file = _source_file(fs, path, path.rsplit("/", 1)[-1])
             if file is None:
-                raise CorpusError(
-                    f"{source!r}: unknown ending; readable are {', '.join(ENDINGS)}.", param="input"
-                )
+                raise CorpusError(f"{source!r}: unknown ending; readable are {', '.join(ENDINGS)}.", param="input")
             return [file], []
         if fs.isdir(path):
             paths = fs.find(path)
