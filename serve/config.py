@@ -151,7 +151,7 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> str:
         name = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
             known = _names(model)
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
             hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}."
             faults.append(f"unknown setting {name!r}; {hint}")
         elif fault["type"] == "missing":

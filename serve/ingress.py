@@ -30,7 +30,6 @@ from serve.protocol import ChatCompletionRequest, engine_request, validation_err
 from serve.replies import (
     AnswerMessage,
     ChatCompletion,
-    ChatCompletionChunk,
     Choice,
     ChunkWriter,
     ErrorReply,
@@ -48,6 +47,7 @@ from serve.wire import ApiError, ApiException, EngineRequest, Event, Failed, Mod
 logger = logging.getLogger("ray.serve")
 
 HEALTH_TIMEOUT_S = 5.0
+EVENTS = "`data: {chat.completion.chunk}` each, the last with `usage` if asked for, then `data: [DONE]`."
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "default": {"model": ErrorReply, "description": "An error object; 503 comes with Retry-After."}
 }
@@ -73,7 +73,7 @@ def create_app(engine: EngineClient, limits: IngressSettings, defaults: Sampling
         responses={
             200: {
                 "description": "The completion; with `stream` true, chunks as server-sent events.",
-                "content": {"text/event-stream": {"schema": ChatCompletionChunk.model_json_schema()}},
+                "content": {"text/event-stream": {"schema": {"type": "string", "description": EVENTS}}},
             },
             **_ERRORS,
         },
@@ -225,11 +225,13 @@ def request_id(scope: Scope) -> str:
     return uuid.uuid4().hex
 
 
-def _response(error: ApiError, headers: dict[str, str] | None = None) -> JSONResponse:
+def _response(error: ApiError, headers: dict[str, str] | None = None) -> Response:
     headers = dict(headers or {})
     if error.retry_after_s is not None:
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+    # Escaped to ASCII: what is quoted from a request need not be encodable.
+    body = json.dumps(error.body())
+    return Response(body, status_code=error.status, headers=headers, media_type="application/json")
 
 
 async def _on_api_exception(request: Request, error: Exception) -> Response:

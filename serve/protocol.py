@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -59,6 +60,18 @@ def _one_or_many(value: Any) -> str | None:
     return "(many)" if isinstance(value, list) else None
 
 
+def _encodable(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which no encoding and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("not_unicode", "is not valid Unicode: it holds half of a surrogate pair") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -67,7 +80,7 @@ class TextPart(_Body):
     """A part of a message; only text is supported."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(_Body):
@@ -75,7 +88,7 @@ class ChatMessage(_Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        Annotated[str, Tag("(one)")] | Annotated[list[TextPart], Tag("(many)")],
+        Annotated[Text, Tag("(one)")] | Annotated[list[TextPart], Tag("(many)")],
         Discriminator(
             _one_or_many,
             custom_error_type="content_type",
@@ -102,9 +115,9 @@ class DocumentParam(_Body):
 
     model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["id"]}, {"required": ["text"]}]})
 
-    id: str | None = Field(default=None, min_length=1, max_length=512)
-    text: str | None = None
-    title: str | None = Field(default=None, max_length=4096)
+    id: Text | None = Field(default=None, min_length=1, max_length=512)
+    text: Text | None = None
+    title: Text | None = Field(default=None, max_length=4096)
 
     @field_validator("text")
     @classmethod
@@ -132,12 +145,12 @@ class StreamOptions(_Body):
 class ChatCompletionRequest(_Body):
     """The body of ``POST /v1/chat/completions``."""
 
-    model: str = Field(min_length=1)
+    model: Text = Field(min_length=1)
     messages: list[ChatMessage] = Field(min_length=1)
     documents: list[DocumentParam] | None = Field(
         default=None, description="Documents to answer from, in this order; cached ones cost next to nothing."
     )
-    linker: str | None = Field(default=None, description="How cached documents are linked; default: the service's.")
+    linker: Text | None = Field(default=None, description="How cached documents are linked; default: the service's.")
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0, le=2**31 - 1, description="0: all tokens.")
@@ -146,8 +159,8 @@ class ChatCompletionRequest(_Body):
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stop: (
         Annotated[
-            Annotated[str, Field(min_length=1, max_length=512), Tag("(one)")]
-            | Annotated[list[Annotated[str, Field(min_length=1, max_length=512)]], Field(max_length=4), Tag("(many)")],
+            Annotated[Text, Field(min_length=1, max_length=512), Tag("(one)")]
+            | Annotated[list[Annotated[Text, Field(min_length=1, max_length=512)]], Field(max_length=4), Tag("(many)")],
             Discriminator(
                 _one_or_many,
                 custom_error_type="stop_type",
@@ -213,8 +226,8 @@ class ChatCompletionRequest(_Body):
 def parameter_name(location: tuple[int | str, ...]) -> str | None:
     """``("body", "messages", 0, "role")`` as ``messages[0].role``, the way OpenAI names parameters."""
     name = ""
-    for part in location:
-        if part in BRANCHES or (part == "body" and not name):
+    for part in location[1:] if location[:1] == ("body",) else location:
+        if part in BRANCHES:
             continue
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
     return name or None

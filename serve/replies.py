@@ -194,7 +194,7 @@ class ChunkWriter:
 
     def role(self) -> bytes:
         """The first chunk."""
-        return self._event([ChunkChoice(index=0, delta=Delta(role="assistant", content=""))])
+        return self._event([ChunkChoice(index=0, delta=Delta(role="assistant", content=""), finish_reason=None)])
 
     def content(self, text: str) -> bytes:
         """A piece of the answer."""

@@ -17,10 +17,11 @@ from typing import TypeVar
 
 import torch
 
+from kvlink_core.engine import SamplingParams, TokenEvent
 from kvlink_core.errors import KVLinkError
 from kvlink_core.linking import linker_names
 from kvlink_core.models import load_model
-from kvlink_core.session import Answer, AnswerRequest, SamplingParams, Session, TokenEvent
+from kvlink_core.session import Answer, AnswerRequest, Session
 from kvlink_core.store import DocumentStore
 from kvlink_core.types import Document, DocumentRef, Message
 from serve.config import ServiceConfig

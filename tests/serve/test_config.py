@@ -1,0 +1,80 @@
+"""Settings: what is refused, and in which words."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from serve.config import ServiceConfig, StartupError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "serve" / "configs").glob("*.yaml"))
+
+
+def test_strings_of_a_command_line_become_numbers_in_their_places() -> None:
+    config = ServiceConfig.model_validate(
+        {"store": "s3://bucket/caches", "engine.num_cpus": "0.5", "engine.autoscaling.max_replicas": "3"}
+    )
+    assert config.engine.num_cpus == 0.5
+    assert config.engine.autoscaling.max_replicas == 3
+    assert config.model == "embedded"
+
+
+def test_a_dumped_configuration_is_read_back_the_same() -> None:
+    config = ServiceConfig.model_validate({"store": None, "engine": {"torch_threads": 2}})
+    assert ServiceConfig.model_validate(config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "setting 'store' is missing"),
+        ({"store": "x", "modle": "embedded"}, "unknown setting 'modle'; did you mean 'model'?"),
+        ({"store": "x", "engine.num_cpu": "1"}, "unknown setting 'engine.num_cpu'; did you mean 'engine.num_cpus'?"),
+        ({"store": "x", "engine": {"autoscaling": {"zzz": 1}}}, "unknown setting 'engine.autoscaling.zzz'; known are"),
+        ({"store": "x", "engine.num_cpus": "-1"}, "setting 'engine.num_cpus': Input should be greater"),
+        ({"store": "x", "engine.num_cpus": "nan"}, "setting 'engine.num_cpus': Input should be a finite number"),
+        ({"store": "x", "engine.autoscaling.min_replicas": "2"}, "min_replicas (2) is larger than max_replicas (1)"),
+        ({"store": "x", "engine": "fast", "engine.num_cpus": "1"}, "'engine' is given a value of its own"),
+        ({"store": "x", "sampling.temperature": "3"}, "setting 'sampling.temperature': Input should be less"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_line(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        ServiceConfig.model_validate(settings)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_startup_error_survives_the_way_through_ray() -> None:
+    error = pickle.loads(pickle.dumps(StartupError("no store there", param="store")))
+    assert (str(error), error.param, error.format_message()) == ("no store there", "store", "no store there")
+
+
+def test_local_paths_become_absolute_and_urls_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama").mkdir()
+    local = ServiceConfig.model_validate({"store": "caches", "model": "llama"}).absolute()
+    assert (local.store, local.model) == (str(tmp_path / "caches"), str(tmp_path / "llama"))
+    remote = ServiceConfig.model_validate({"store": "s3://bucket/x", "model": "random:llama-100m"}).absolute()
+    assert (remote.store, remote.model) == ("s3://bucket/x", "random:llama-100m")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_shipped_configurations_have_no_misspelled_key(path: Path) -> None:
+    """Serve ignores keys that it does not know, so its own are compared here with its schema."""
+    from ray.serve.schema import HTTPOptionsSchema, LoggingConfig, ServeApplicationSchema, ServeDeploySchema
+
+    content = yaml.safe_load(path.read_text("utf-8"))
+    assert set(content) <= set(ServeDeploySchema.model_fields)
+    assert set(content["http_options"]) <= set(HTTPOptionsSchema.model_fields)
+    assert set(content["logging_config"]) <= set(LoggingConfig.model_fields)
+    assert "host" in content["http_options"], "Serve's own default for a configuration file is 0.0.0.0"
+    for application in content["applications"]:
+        assert set(application) <= set(ServeApplicationSchema.model_fields)
+        assert application["import_path"] == "serve.app:build_app"
+        ServiceConfig.model_validate(application["args"])
