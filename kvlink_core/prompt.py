@@ -47,6 +47,17 @@ class LinkTokens:
     k: int
     per_place: bool = False
 
+    def first(self, k: int) -> LinkTokens:
+        """The same tokens with only the first ``k`` of each place, for comparison.
+
+        Raises:
+            InputError: ``k`` is not from 1 to this ``k``.
+        """
+        if not 1 <= k <= self.k:
+            raise InputError(f"this model has {self.k} link tokens after a document; k must be from 1 to that.")
+        places = range(0, len(self.ids), self.k)
+        return LinkTokens(tuple(t for p in places for t in self.ids[p : p + k]), k, self.per_place)
+
     def after(self, place: int) -> tuple[int, ...]:
         """The link tokens after the document at ``place``.
 

@@ -1,0 +1,1 @@
+"""Benchmarks: commands that compare candidates alternately in one process and report ratios."""

@@ -1,0 +1,1 @@
+"""Evaluation: what a strategy costs in quality."""
