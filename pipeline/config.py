@@ -46,7 +46,7 @@ class PrecomputeConfig(BaseModel):
     ray_address: str | None = None
     # How it goes on and what it says.
     commit_interval_s: Annotated[float, Field(ge=0)] = 30.0
-    no_progress_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    no_progress_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     strict: bool = False
     summary_json: str | None = None
 

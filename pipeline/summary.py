@@ -43,7 +43,8 @@ class Summary:
         encoded, encoded_tokens: chunks computed in this run.
         failed: what is not in the store now, with reasons.
         payload_bytes, shards, commits, version: what was written; the catalog's version after it.
-        encode_s: seconds from the first to the last shard, model loading left out.
+        encode_s: seconds in which actors worked: from the first block taken to the last one done; loading the
+            model is not in it.
         wall_s: seconds of the whole job.
     """
 
