@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -170,12 +171,13 @@ def _load_directory(directory: Path, device: torch.device, dtype: str | None) ->
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         spec = spec_from_config(config)
         chosen = DTYPES[dtype] if dtype else (torch.float32 if device.type == "cpu" else "auto")
-        network = AutoModelForCausalLM.from_pretrained(
+        network, report = AutoModelForCausalLM.from_pretrained(
             directory,
             local_files_only=True,
             use_safetensors=True,
             attn_implementation=spec.attention,
             dtype=chosen,
+            output_loading_info=True,
         )
     except (
         OSError,
@@ -184,6 +186,12 @@ def _load_directory(directory: Path, device: torch.device, dtype: str | None) ->
         KeyError,
     ) as error:  # what transformers raises for damaged files
         raise ModelError(f"cannot load the model at {str(directory)!r}: {str(error).splitlines()[0]}") from error
+    if report["missing_keys"]:
+        # transformers would fill these with random numbers and only log it.
+        raise ModelError(
+            f"the weights at {str(directory)!r} lack {len(report['missing_keys'])} tensors, "
+            f"{sorted(report['missing_keys'])[0]!r} among them; the download or the export is incomplete."
+        )
     return config, network, spec
 
 

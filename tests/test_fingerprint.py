@@ -1,0 +1,34 @@
+"""Fingerprints: every field counts, and a difference is told by name."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+
+from kvlink_core.fingerprint import Fingerprint
+
+ONE = Fingerprint(model="m", weights="w", tokenizer="t", rope="r", dtype="float32", template="x")
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Fingerprint)])
+def test_every_field_changes_the_digest_and_is_named(name: str) -> None:
+    other = replace(ONE, **{name: 99 if name == "format" else "other"})
+    assert other.digest != ONE.digest
+    assert set(ONE.difference(other)) == {name}
+
+
+def test_json_round_trip() -> None:
+    import json
+
+    assert Fingerprint.from_mapping(json.loads(ONE.to_json())) == ONE
+
+
+def test_the_digest_is_fixed_for_ever() -> None:
+    """A golden value: stores on disks depend on it."""
+    assert ONE.digest == "e9fce0708d184e0c7168315c35eec3592b7b88158a3cc13e62c016f21712832a"
+
+
+def test_other_fields_are_refused() -> None:
+    with pytest.raises(ValueError, match="colour"):
+        Fingerprint.from_mapping({"colour": "red"})
