@@ -105,7 +105,7 @@ class Planner:
     def _see_piece(self, piece: Piece) -> None:
         seen = self._pieces.setdefault(piece.id, piece)
         if seen.document_id != piece.document_id:
-            names = " and ".join(sorted(repr(p.document_id) for p in (seen, piece)))
+            names = " and ".join(repr(i) for i in sorted({seen.document_id, piece.document_id}))
             self._conflicts.append(f"the documents {names} both come to the chunk id {piece.id!r}")
 
     def check(self, *, bad_files: str, title_column: str | None) -> None:
@@ -172,7 +172,7 @@ _PIECE_COLUMNS = ("document_id", "place", "token_digest", "tokens", "ticket")
 
 
 def _more(count: int, what: str) -> str:
-    return f" ({count - 1} more such {what}s.)" if count > 1 else ""
+    return f" ({count - 1} more such {what}{'s' if count > 2 else ''}.)" if count > 1 else ""
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
