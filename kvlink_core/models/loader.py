@@ -179,12 +179,7 @@ def _load_directory(directory: Path, device: torch.device, dtype: str | None) ->
             dtype=chosen,
             output_loading_info=True,
         )
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-    ) as error:  # what transformers raises for damaged files
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:  # what damaged files give
         raise ModelError(f"cannot load the model at {str(directory)!r}: {str(error).splitlines()[0]}") from error
     if report["missing_keys"]:
         # transformers would fill these with random numbers and only log it.
