@@ -1,0 +1,118 @@
+"""A store in a local directory: files are mapped into memory to be read, and renamed into place to be written."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+import pyarrow as pa
+
+from kvlink_core.errors import ConfigError, StoreUnavailableError
+from kvlink_core.store.storage import TEMPORARY, Range, Tail, unavailable
+
+
+class LocalStorage:
+    """See ``Storage``."""
+
+    def __init__(self, root: Path) -> None:
+        if "%" in str(root):
+            raise ConfigError(
+                f"the store's path {str(root)!r} has a '%', which the catalog's library misreads; use another name.",
+                param="store",
+            )
+        self.url = str(root)
+        # Absolute, so that a later change of the working directory does not move the store.
+        self._root = Path(os.path.abspath(root))
+        self.delta_options: dict[str, str] = {}
+        self.delta_url = self._root.as_uri()
+
+    def read(self, path: str) -> bytes:
+        """See ``Storage.read``."""
+        with unavailable(f"cannot read {self.url}/{path}"):
+            try:
+                return (self._root / path).read_bytes()
+            except NotADirectoryError as error:
+                raise FileNotFoundError(str(error)) from error
+
+    def names(self, path: str) -> list[str]:
+        """See ``Storage.names``."""
+        with unavailable(f"cannot list {self.url}/{path}"):
+            try:
+                return sorted(n for n in os.listdir(self._root / path) if not n.startswith(TEMPORARY))
+            except FileNotFoundError:
+                return []
+
+    def prepare(self) -> None:
+        """See ``Storage.prepare``."""
+        with unavailable(f"cannot write to the store {self.url}"):
+            try:
+                self._root.mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError as error:
+                raise StoreUnavailableError(f"cannot make {self.url}: {error}") from error
+            probe = self._root / f"{TEMPORARY}{uuid.uuid4().hex}"
+            probe.write_bytes(b"")
+            probe.unlink()
+
+    def publish(self, path: str, write: Callable[[IO[bytes]], None]) -> None:
+        """See ``Storage.publish``."""
+        target = self._root / path
+        temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+        try:
+            with unavailable(f"cannot write {self.url}/{path}"):
+                target.parent.mkdir(exist_ok=True)
+                with open(temporary, "xb") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())  # before the rename, or a power cut could leave the name without the bytes
+                os.replace(temporary, target)
+                _sync_directory(target.parent)
+        except FileNotFoundError as error:
+            raise StoreUnavailableError(f"the store {self.url} is gone: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def version(self, path: str) -> object:
+        """See ``Storage.version``."""
+        try:
+            status = os.stat(self._root / path)
+        except OSError:
+            return None
+        return (status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def tails(self, paths: Sequence[str], length: int) -> list[Tail | Exception]:
+        """See ``Storage.tails``."""
+        return [self._tail(path, length) for path in paths]
+
+    def _tail(self, path: str, length: int) -> Tail | Exception:
+        try:
+            with open(self._root / path, "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                file.seek(max(0, size - length))
+                return Tail(file.read(length) or b"", size)
+        except OSError as error:
+            return error
+
+    def open_ranges(self, ranges: Sequence[Range]) -> list[pa.NativeFile | Exception]:
+        """See ``Storage.open_ranges``."""
+        return [self._map(r) for r in ranges]
+
+    def _map(self, wanted: Range) -> pa.NativeFile | Exception:
+        try:
+            file = pa.memory_map(str(self._root / wanted.path), "r")
+        # Arrow raises ArrowInvalid beside OSError here, e.g. for a file that was emptied.
+        except (OSError, pa.ArrowException) as error:
+            return error
+        if file.size() < wanted.end:  # reading on would be a bus error, not an exception
+            return EOFError(f"{file.size()} bytes instead of at least {wanted.end}")
+        return file
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

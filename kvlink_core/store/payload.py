@@ -1,0 +1,286 @@
+"""One shard, written and read as FORMAT.md sections 2 to 4 say. Knows Parquet, not where files are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kvlink_core.compress import Codec, ColumnSpec, EncodedColumn, EncodedDocument, codec_spec, make_codec
+from kvlink_core.errors import (
+    CorpusError,
+    FormatVersionError,
+    PayloadCorruptError,
+    PayloadError,
+    PayloadForeignError,
+    UnknownCodecError,
+)
+from kvlink_core.fingerprint import token_digest
+from kvlink_core.store.buffers import (
+    array_of_column,
+    checksum,
+    column_of_array,
+    token_bytes,
+    tokens_of_bytes,
+)
+from kvlink_core.store.manifest import (
+    CREATED_AT_KEY,
+    FINGERPRINT_KEY,
+    FORMAT_KEY,
+    FORMAT_VERSION,
+    MANIFEST_KEY,
+    DocumentEntry,
+    Manifest,
+    check_belongs,
+    parse_manifest,
+)
+from kvlink_core.store.rows import CatalogRow
+
+MAGIC = b"PAR1"
+MAX_FOOTER_BYTES = 64 * 2**20
+
+#: Parquet's limit for one value is 2 GiB; half of it keeps sums of lengths away from every 32-bit corner.
+_MAX_VALUE_BYTES = 2**30
+
+#: What page headers, value lengths and levels may add to a column chunk, and per value.
+_CHUNK_SLACK, _VALUE_SLACK = 1024, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Footer:
+    """The parsed end of a shard, checked against the shard's name. Immutable, so it can be kept and shared."""
+
+    shard: str
+    metadata: pq.FileMetaData
+    manifest: Manifest
+    codec: Codec
+    fingerprint_json: str
+    data_end: int | None  # where the footer begins, so where data must end; None when the size is not known
+
+
+def write_payload(
+    sink: IO[bytes],
+    manifest: bytes,
+    fingerprint_json: str,
+    codec: Codec,
+    documents: Sequence[EncodedDocument],
+    created_at: datetime,
+) -> None:
+    """Write a shard. The documents are those of the manifest, in its order.
+
+    Raises ``CorpusError`` for a document too large for Parquet.
+    """
+    largest = max(max(c.lengths) for d in documents for c in d.columns.values())
+    if largest > _MAX_VALUE_BYTES:
+        raise CorpusError(
+            f"a document's layer takes {largest} bytes, and at most {_MAX_VALUE_BYTES} can be stored; "
+            "split documents into smaller chunks."
+        )
+    metadata = {
+        FORMAT_KEY: str(FORMAT_VERSION).encode(),
+        MANIFEST_KEY: manifest,
+        FINGERPRINT_KEY: fingerprint_json.encode(),
+        CREATED_AT_KEY: created_at.isoformat().encode(),
+    }
+    schema = _schema(codec).with_metadata(metadata)
+    with pq.ParquetWriter(
+        sink,
+        schema,
+        compression={"layer": "NONE", "token_ids": "NONE", **{c.name: c.compression for c in codec.columns}},
+        use_dictionary=False,
+        write_statistics=False,
+        # One page for all layers of a column reads fastest; a page's length is a 31-bit number, though.
+        write_batch_size=max(1, min(1024, _MAX_VALUE_BYTES // max(1, largest))),
+    ) as writer:
+        for document in documents:
+            layers = document.shape.layers
+            tokens = [token_bytes(document.token_ids)] + [None] * (layers - 1)
+            arrays = [pa.array(range(layers), pa.int32()), pa.array(tokens, pa.large_binary())]
+            arrays += [array_of_column(document.columns[c.name]) for c in codec.columns]
+            writer.write_table(pa.table(arrays, schema=schema), row_group_size=layers)
+
+
+def _schema(codec: Codec) -> pa.Schema:
+    fields = [
+        pa.field("layer", pa.int32(), nullable=False),
+        pa.field("token_ids", pa.large_binary(), nullable=True),
+    ]
+    return pa.schema(fields + [pa.field(c.name, pa.large_binary(), nullable=False) for c in codec.columns])
+
+
+@contextmanager
+def corrupt(shard: str) -> Iterator[None]:
+    """Turn whatever reading a hostile or damaged file may raise into ``PayloadCorruptError``."""
+    try:
+        yield
+    except PayloadError:
+        raise
+    # Broad on purpose: given wrong bytes, Arrow raises ArrowInvalid, OSError, OverflowError, MemoryError,
+    # NotImplementedError, UnicodeDecodeError and more. All mean one thing here: these bytes are not to be served.
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise PayloadCorruptError(f"shard {shard}: {type(error).__name__}: {text}") from error
+
+
+def footer_length(tail: bytes, shard: str, size: int | None) -> int:
+    """Bytes of the footer with its eight closing bytes, from a file's last eight bytes or more.
+
+    Raises ``PayloadCorruptError`` when the file has no such end or the footer would not fit into it.
+    """
+    if len(tail) < 12 or tail[-4:] != MAGIC:
+        raise PayloadCorruptError(f"shard {shard} is torn: it does not end as a Parquet file does")
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if length > MAX_FOOTER_BYTES or (size is not None and length + 4 > size):
+        raise PayloadCorruptError(f"shard {shard}: a footer of {length} bytes does not fit")
+    return length
+
+
+def parse_footer(shard: str, tail: bytes, size: int | None) -> Footer:
+    """Parse a shard's footer, of which ``tail`` is at least all, and check it against the name.
+
+    Raises:
+        PayloadCorruptError, PayloadForeignError, FormatVersionError: see FORMAT.md section 4.
+        UnknownCodecError: never; an unknown codec is reported as ``FormatVersionError``.
+    """
+    length = footer_length(tail, shard, size)
+    footer = tail[-length:]
+    with corrupt(shard):
+        # Every list element takes a byte at least, so no honest list is longer than the footer.
+        metadata = pq.ParquetFile(
+            pa.BufferReader(footer), thrift_string_size_limit=length, thrift_container_size_limit=length
+        ).metadata
+        pairs = metadata.metadata or {}
+        if FORMAT_KEY not in pairs:
+            raise PayloadForeignError(f"shard {shard} is a Parquet file, but not one of KVLink's")
+        version = int(pairs[FORMAT_KEY])
+        if version > FORMAT_VERSION:
+            raise FormatVersionError(
+                f"shard {shard} has format {version}, and this version of KVLink reads up to {FORMAT_VERSION}. "
+                "Upgrade KVLink."
+            )
+        manifest = parse_manifest(pairs[MANIFEST_KEY], shard)
+        if hashlib.sha256(pairs[FINGERPRINT_KEY]).hexdigest() != manifest.fingerprint:
+            raise PayloadCorruptError(f"shard {shard}: its fingerprint does not hash to its digest")
+        try:
+            codec = make_codec(manifest.codec.name, manifest.codec.params)
+        except UnknownCodecError as error:
+            raise FormatVersionError(f"shard {shard}: {error}") from error
+        if metadata.num_row_groups != len(manifest.documents):
+            raise PayloadCorruptError(f"shard {shard}: not as many row groups as documents")
+        data_end = None if size is None else size - length
+        return Footer(shard, metadata, manifest, codec, pairs[FINGERPRINT_KEY].decode(), data_end)
+
+
+def check_asked(footer: Footer, row: CatalogRow) -> DocumentEntry:
+    """The manifest's entry for ``row``. Raises ``PayloadForeignError`` when it is of another document."""
+    manifest = footer.manifest
+    if not 0 <= row.row_group < len(manifest.documents):
+        raise PayloadForeignError(f"shard {footer.shard} has no row group {row.row_group}")
+    entry = manifest.documents[row.row_group]
+    pairs = {
+        "namespace": (manifest.namespace, row.namespace),
+        "fingerprint": (manifest.fingerprint, row.fingerprint),
+        "codec": (codec_spec(footer.codec), row.codec),
+        "token digest": (entry.token_digest, row.token_digest),
+        "tokens": (str(entry.tokens), str(row.tokens)),
+    }
+    check_belongs(f"shard {footer.shard}, row group {row.row_group},", pairs)
+    return entry
+
+
+def locate(footer: Footer, row_group: int) -> tuple[int, int]:
+    """Where a row group's bytes begin and end in the file, after checking that they are as the manifest implies.
+
+    Reads nothing and allocates nothing. Raises ``PayloadCorruptError``.
+    """
+    manifest, entry = footer.manifest, footer.manifest.documents[row_group]
+    expected = [
+        (ColumnSpec("layer"), 4 * manifest.layers),
+        (ColumnSpec("token_ids"), 4 * entry.tokens),
+        *((c, entry.columns[c.name].bytes if c.name in entry.columns else -1) for c in footer.codec.columns),
+    ]
+    with corrupt(footer.shard):
+        group = footer.metadata.row_group(row_group)
+        slack = _CHUNK_SLACK + _VALUE_SLACK * manifest.layers
+        ok = group.num_rows == manifest.layers and group.num_columns == len(expected)
+        ok = ok and len(entry.columns) == len(footer.codec.columns)
+        begin = end = group.column(0).data_page_offset
+        for index, (spec, nbytes) in enumerate(expected if ok else ()):
+            chunk, column = group.column(index), footer.metadata.schema.column(index)
+            plain, stored = chunk.total_uncompressed_size, chunk.total_compressed_size
+            ok = (
+                ok
+                and chunk.path_in_schema == spec.name
+                and chunk.physical_type == ("INT32" if index == 0 else "BYTE_ARRAY")
+                and column.max_repetition_level == 0
+                and column.max_definition_level == (1 if index == 1 else 0)
+                and chunk.compression == ("UNCOMPRESSED" if spec.compression == "NONE" else spec.compression)
+                and set(chunk.encodings) <= {"PLAIN", "RLE"}
+                and not chunk.has_dictionary_page
+                and chunk.num_values == manifest.layers
+                and 0 <= nbytes <= plain <= nbytes + slack
+                and (stored == plain if spec.compression == "NONE" else 0 < stored <= plain + slack)
+                and chunk.data_page_offset == end
+            )
+            end += stored
+        if not ok or begin < len(MAGIC) or (footer.data_end is not None and end > footer.data_end):
+            raise PayloadCorruptError(
+                f"shard {footer.shard}: row group {row_group} is not laid out as its manifest says"
+            )
+        return begin, end
+
+
+def read_document(source: pa.NativeFile, footer: Footer, row_group: int, *, verify: bool) -> EncodedDocument:
+    """Read one document that ``locate`` has accepted.
+
+    Raises ``PayloadCorruptError`` for wrong lengths, token ids that are not those of the digest, and, with ``verify``,
+    bytes that do not match their checksum.
+    """
+    names = [c.name for c in footer.codec.columns]
+    entry = footer.manifest.documents[row_group]
+    with corrupt(footer.shard):
+        table = _read(source, footer, row_group, ["token_ids", *names])
+        token_ids = _token_ids(table, entry)
+        columns: dict[str, EncodedColumn] = {}
+        for name in names:
+            columns[name] = column = column_of_array(name, table.column(name))
+            stated = entry.columns[name]
+            if column.data.numel() != stated.bytes:
+                raise PayloadCorruptError(f"{column.data.numel()} bytes in column {name!r}, not {stated.bytes}")
+            if verify and checksum(column.data) != stated.checksum:
+                raise PayloadCorruptError(
+                    f"shard {footer.shard}: column {name!r} of row group {row_group} does not match its checksum"
+                )
+        shape = footer.manifest.shape(entry)
+        return EncodedDocument(shape, tokens_of_bytes(token_ids), columns, entry.params)
+
+
+def read_token_ids(source: pa.NativeFile, footer: Footer, row_group: int) -> list[int]:
+    """Only the token ids of one document, checked against its digest. Raises ``PayloadCorruptError``."""
+    with corrupt(footer.shard):
+        table = _read(source, footer, row_group, ["token_ids"])
+        return tokens_of_bytes(_token_ids(table, footer.manifest.documents[row_group])).tolist()
+
+
+def _read(source: pa.NativeFile, footer: Footer, row_group: int, columns: list[str]) -> pa.Table:
+    file = pq.ParquetFile(source, metadata=footer.metadata)
+    table = file.read_row_group(row_group, columns=columns, use_threads=False)
+    if table.num_rows != footer.manifest.layers:
+        raise PayloadCorruptError(f"shard {footer.shard}: {table.num_rows} layers are there")
+    return table
+
+
+def _token_ids(table: pa.Table, entry: DocumentEntry) -> bytes:
+    column = table.column("token_ids")
+    if column.type != pa.large_binary() or column.null_count != len(column) - 1 or not column[0].is_valid:
+        raise PayloadCorruptError("token ids are not in the first row alone")
+    data = bytes(column[0].as_py())
+    if len(data) != 4 * entry.tokens or token_digest(data) != entry.token_digest:
+        raise PayloadCorruptError("the token ids do not match their digest")
+    return data

@@ -1,0 +1,231 @@
+"""Reads documents out of many shards at once: footers kept, requests in one round, decoding in threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kvlink_core.errors import PayloadCorruptError, PayloadError, PayloadMissingError
+from kvlink_core.fingerprint import token_digest
+from kvlink_core.store.buffers import tokens_of_bytes
+from kvlink_core.store.manifest import check_shard_name
+from kvlink_core.store.payload import (
+    Footer,
+    check_asked,
+    corrupt,
+    footer_length,
+    locate,
+    parse_footer,
+    read_document,
+    read_token_ids,
+)
+from kvlink_core.store.rows import CatalogRow
+from kvlink_core.store.storage import Range, Storage, Tail, describe
+from kvlink_core.types import DocumentCache
+
+#: Enough for the footers of shards of some two hundred documents in the first request.
+_TAIL_BYTES = 128 * 2**10
+
+#: Footers kept, in bytes of their serialized form; parsed ones take a few times that.
+_FOOTER_CACHE_BYTES = 32 * 2**20
+
+
+class FooterCache:
+    """Footers by shard and version of the file, least recently used out first. Safe to use from several threads."""
+
+    def __init__(self, limit: int = _FOOTER_CACHE_BYTES) -> None:
+        self._limit = limit
+        self._held = 0
+        self._items: OrderedDict[str, tuple[object, Footer]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, shard: str, version: object) -> Footer | None:
+        """The footer that was kept for this very version of the file."""
+        with self._lock:
+            item = self._items.get(shard)
+            if item is None or item[0] != version:
+                return None
+            self._items.move_to_end(shard)
+            return item[1]
+
+    def put(self, footer: Footer, version: object) -> None:
+        """Keep ``footer``, and forget the oldest ones beyond the limit."""
+        with self._lock:
+            self._forget(footer.shard)
+            self._items[footer.shard] = (version, footer)
+            self._held += footer.metadata.serialized_size
+            while self._held > self._limit and len(self._items) > 1:
+                self._forget(next(iter(self._items)))
+
+    def forget(self, shard: str) -> None:
+        """Drop the footer of ``shard``, if it is there."""
+        with self._lock:
+            self._forget(shard)
+
+    def _forget(self, shard: str) -> None:
+        item = self._items.pop(shard, None)
+        if item is not None:
+            self._held -= item[1].metadata.serialized_size
+
+
+class ShardReader:
+    """Loads document caches by catalog row.
+
+    Args:
+        storage: where ``shards/`` and ``tokens/`` are.
+        verify: whether checksums of K and V are verified (token ids always are).
+    """
+
+    def __init__(self, storage: Storage, *, verify: bool = True) -> None:
+        self._storage = storage
+        self._verify = verify
+        self._footers = FooterCache()
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="kvlink-load")
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+    def load(self, rows: Sequence[CatalogRow]) -> list[DocumentCache | PayloadError]:
+        """The cache of each row, in order; a payload that must not be served is its error instead."""
+        results = self._load(rows)
+        # A kept footer may be outdated: the same content written anew by another version of the writer lies elsewhere
+        # in the file. So what looks corrupt is looked at once more with a fresh footer.
+        again = [i for i, found in enumerate(results) if isinstance(found, PayloadCorruptError)]
+        again = [i for i in again if self._footers.get(rows[i].shard, self._version(rows[i].shard)) is not None]
+        for i in again:
+            self._footers.forget(rows[i].shard)
+        for i, found in zip(again, self._load([rows[i] for i in again]), strict=True):
+            results[i] = found
+        return results
+
+    def _load(self, rows: Sequence[CatalogRow]) -> list[DocumentCache | PayloadError]:
+        footers = self._get_footers(list(dict.fromkeys(row.shard for row in rows)))
+        places = [self._place(footers[row.shard], row) for row in rows]
+        unique = list(dict.fromkeys(p for p in places if isinstance(p, Range)))
+        opened = self._storage.open_ranges(unique)
+
+        def decode(place: Range, source: pa.NativeFile | Exception) -> DocumentCache | PayloadError:
+            row = rows[places.index(place)]
+            footer = footers[row.shard]
+            assert isinstance(footer, Footer)
+            return self._decode(source, footer, row)
+
+        work = self._pool.map if len(unique) > 1 else map
+        done = dict(zip(unique, work(decode, unique, opened), strict=True))
+        return [done[p] if isinstance(p, Range) else p for p in places]
+
+    def _decode(
+        self, source: pa.NativeFile | Exception, footer: Footer, row: CatalogRow
+    ) -> DocumentCache | PayloadError:
+        if isinstance(source, Exception):
+            return _unreadable(row.shard, source)
+        try:
+            document = read_document(source, footer, row.row_group, verify=self._verify)
+            with corrupt(row.shard):
+                return footer.codec.decode(document)
+        except PayloadError as error:
+            return error
+
+    def token_ids(self, rows: Sequence[CatalogRow]) -> list[list[int]]:
+        """Token ids of each row, without K and V, from the shard or, where that fails, from the copy beside it.
+
+        Raises the shard's ``PayloadError`` when neither has them.
+        """
+        footers = self._get_footers(list(dict.fromkeys(row.shard for row in rows)))
+        found: list[list[int]] = []
+        for row in rows:
+            try:
+                found.append(self._token_ids(footers[row.shard], row))
+            except PayloadError:
+                copy = self._copied_token_ids(row)
+                if copy is None:
+                    raise
+                found.append(copy)
+        return found
+
+    def _token_ids(self, footer: Footer | PayloadError, row: CatalogRow) -> list[int]:
+        place = self._place(footer, row)
+        if isinstance(place, PayloadError):
+            raise place
+        assert isinstance(footer, Footer)
+        with corrupt(row.shard):  # only the bytes before the codec's first column
+            end = footer.metadata.row_group(row.row_group).column(2).data_page_offset
+        (source,) = self._storage.open_ranges([Range(place.path, place.start, end)])
+        if isinstance(source, Exception):
+            raise _unreadable(row.shard, source)
+        return read_token_ids(source, footer, row.row_group)
+
+    def _copied_token_ids(self, row: CatalogRow) -> list[int] | None:
+        try:
+            check_shard_name(row.shard)
+            data = self._storage.read(f"tokens/{row.shard}")
+            with corrupt(row.shard):
+                table = pq.read_table(pa.BufferReader(data), columns=["token_ids"], use_threads=False)
+                copy = table["token_ids"][row.row_group].as_py()
+                return tokens_of_bytes(copy).tolist() if token_digest(copy) == row.token_digest else None
+        # Whatever is wrong with the copy, there is none then, and the shard's own error is the one to report.
+        except Exception:
+            return None
+
+    def _place(self, footer: Footer | PayloadError, row: CatalogRow) -> Range | PayloadError:
+        if isinstance(footer, PayloadError):
+            return footer
+        try:
+            check_asked(footer, row)
+            return Range(f"shards/{row.shard}", *locate(footer, row.row_group))
+        except PayloadError as error:
+            return error
+
+    def _version(self, shard: str) -> object:
+        return self._storage.version(f"shards/{shard}")
+
+    def _get_footers(self, shards: Sequence[str]) -> dict[str, Footer | PayloadError]:
+        found: dict[str, Footer | PayloadError] = {}
+        versions: dict[str, object] = {}
+        for shard in shards:
+            try:
+                check_shard_name(shard)
+            except PayloadCorruptError as error:
+                found[shard] = error
+                continue
+            versions[shard] = self._version(shard)
+            kept = self._footers.get(shard, versions[shard])
+            if kept is not None:
+                found[shard] = kept
+        unknown = [s for s in shards if s not in found]
+        tails = self._storage.tails([f"shards/{s}" for s in unknown], _TAIL_BYTES)
+        for shard, tail in zip(unknown, tails, strict=True):
+            try:
+                found[shard] = footer = self._parse(shard, tail)
+                self._footers.put(footer, versions[shard])
+            except PayloadError as error:
+                found[shard] = error
+        return found
+
+    def _parse(self, shard: str, tail: Tail | Exception) -> Footer:
+        if isinstance(tail, Exception):
+            raise _unreadable(shard, tail)
+        length = footer_length(tail.data, shard, tail.size)
+        if length > len(tail.data):
+            (longer,) = self._storage.tails([f"shards/{shard}"], length)
+            if isinstance(longer, Exception):
+                raise _unreadable(shard, longer)
+            if len(longer.data) < length:
+                raise PayloadCorruptError(f"shard {shard} is torn: its footer is not all there")
+            tail = longer
+        return parse_footer(shard, tail.data, tail.size)
+
+
+def _unreadable(shard: str, error: Exception) -> PayloadError:
+    if isinstance(error, EOFError):
+        return PayloadCorruptError(f"shard {shard} is torn: {error}")
+    if isinstance(error, FileNotFoundError):
+        return PayloadMissingError(f"shard {shard} is not there")
+    return PayloadMissingError(f"shard {shard} cannot be read: {describe(error)}")

@@ -1,0 +1,301 @@
+"""The store as the rest of KVLink sees it: open, write, commit, look up, load."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kvlink_core.compress import Codec, EncodedDocument, codec_spec, get_codec
+from kvlink_core.errors import (
+    DuplicateDocumentError,
+    EmptyDocumentError,
+    FingerprintMismatchError,
+    PayloadError,
+    PayloadForeignError,
+)
+from kvlink_core.fingerprint import Fingerprint, token_digest
+from kvlink_core.store import layout
+from kvlink_core.store.buffers import checksum, token_bytes
+from kvlink_core.store.catalog import Catalog, create_catalog
+from kvlink_core.store.manifest import (
+    FORMAT_VERSION,
+    CodecEntry,
+    ColumnEntry,
+    DocumentEntry,
+    Manifest,
+    check_document_id,
+    check_namespace,
+    shard_name,
+)
+from kvlink_core.store.payload import write_payload
+from kvlink_core.store.rows import CatalogRow
+from kvlink_core.store.shards import ShardReader
+from kvlink_core.store.storage import Storage, open_storage
+from kvlink_core.types import DocumentCache
+
+logger = logging.getLogger(__name__)
+
+
+class DocumentStore:
+    """Document caches of one model in one namespace, by document id or by tokens.
+
+    Safe to use from several threads; processes open it each for themselves (spawned, never forked). What it returns may
+    be views of shared memory: never write to them.
+    """
+
+    def __init__(
+        self, storage: Storage, fingerprint: Fingerprint, namespace: str, codec: Codec, *, verify: bool = True
+    ) -> None:
+        """Use ``open`` instead, which checks what is there."""
+        self.url = storage.url
+        self.fingerprint = fingerprint
+        self.namespace = namespace
+        self.codec = codec_spec(codec)
+        self._storage = storage
+        self._codec = codec
+        self._catalog = Catalog(storage, namespace, fingerprint.digest, self.codec)
+        self._reader = ShardReader(storage, verify=verify)
+        self._fingerprint_written = False
+
+    @classmethod
+    def open(
+        cls,
+        url: str,
+        *,
+        fingerprint: Fingerprint | None = None,
+        namespace: str = "default",
+        create: bool = False,
+        codec: str = "raw",
+        storage_options: Mapping[str, str] | None = None,
+        verify: bool = True,
+    ) -> DocumentStore:
+        """Open the store at ``url`` and read its catalog.
+
+        Args:
+            url: a local path, ``file://`` or ``s3://bucket/prefix``.
+            fingerprint: of the model whose caches are wanted; ``None`` takes that of the store, if it holds one alone.
+            namespace: keeps tenants apart; nothing of one is found through another.
+            create: make the store if it is not there; it is then also proven to be writable.
+            codec: how new payloads are encoded, and which ones are found.
+            storage_options: for S3, e.g. ``{"AWS_ENDPOINT_URL": ...}``; else the environment's.
+            verify: verify checksums on every read.
+
+        Raises:
+            StoreNotFoundError: nothing there, and not ``create``.
+            StoreUnavailableError: a file, not empty, unwritable, unreachable or damaged.
+            FingerprintMismatchError: made with other models only; says which fields differ.
+            FormatVersionError: made by a newer version.
+            ConfigError, UnknownCodecError: an argument is impossible.
+        """
+        check_namespace(namespace)
+        made = get_codec(codec)
+        storage = open_storage(str(url), storage_options)
+        if create:
+            layout.create_store(storage)
+        else:
+            layout.check_store(storage)
+        if fingerprint is None:
+            fingerprint = layout.only_fingerprint(storage)
+        else:
+            layout.check_fingerprint(storage, fingerprint)
+        if create:
+            create_catalog(storage)
+        store = cls(storage, fingerprint, namespace, made, verify=verify)
+        try:
+            store.refresh()
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def __enter__(self) -> DocumentStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the store's threads. It must not be used afterwards."""
+        self._reader.close()
+
+    # Writing
+
+    def write_shard(self, entries: Sequence[tuple[str, DocumentCache]]) -> list[CatalogRow]:
+        """Write one immutable file with the caches of ``(document id, cache)``, invisible until its rows are committed.
+
+        Entries with the same tokens share one payload. Returns a row per entry, in order; none for no entries.
+
+        Raises:
+            DuplicateDocumentError: one id with different tokens.
+            EmptyDocumentError, CorpusError: a cache of no tokens; an id that cannot be stored; too large a document.
+            FingerprintMismatchError: a cache of another dtype than the fingerprint says.
+            StoreUnavailableError: it cannot be written.
+        """
+        if not entries:
+            return []
+        groups = self._group(entries)
+        documents = [self._codec.encode(caches[0]) for _, caches in groups.values()]
+        manifest = self._manifest(groups, documents)
+        data = manifest.to_bytes()
+        name = shard_name(data)
+        now = datetime.now(UTC)
+
+        def write(file: IO[bytes]) -> None:
+            write_payload(file, data, self.fingerprint.to_json(), self._codec, documents, now)
+
+        self._write_fingerprint()
+        self._storage.publish(f"tokens/{name}", lambda file: _write_tokens(file, documents))
+        self._storage.publish(f"shards/{name}", write)
+        rows = {
+            document_id: CatalogRow(
+                document_id, self.namespace, manifest.fingerprint, entry.token_digest, self.codec,
+                name, group, entry.tokens, entry.nbytes, now,
+            )
+            for group, entry in enumerate(manifest.documents)
+            for document_id in entry.ids
+        }  # fmt: skip
+        return [rows[document_id] for document_id, _ in entries]
+
+    def _group(self, entries: Sequence[tuple[str, DocumentCache]]) -> dict[str, tuple[list[str], list[DocumentCache]]]:
+        """Ids and caches by token digest, after checking them."""
+        groups: dict[str, tuple[list[str], list[DocumentCache]]] = {}
+        digests: dict[str, str] = {}
+        for document_id, cache in entries:
+            check_document_id(document_id)
+            if cache.tokens == 0:
+                raise EmptyDocumentError(f"document {document_id!r} has no tokens.")
+            dtypes = {str(t.dtype).removeprefix("torch.") for t in (cache.keys, cache.values)}
+            if dtypes != {self.fingerprint.dtype}:
+                raise FingerprintMismatchError(
+                    f"document {document_id!r} comes as {', '.join(sorted(dtypes))}, "
+                    f"but the fingerprint says {self.fingerprint.dtype}."
+                )
+            digest = token_digest(token_bytes(cache.token_ids))
+            if digests.setdefault(document_id, digest) != digest:
+                raise DuplicateDocumentError(f"document id {document_id!r} comes with two different texts.")
+            ids, caches = groups.setdefault(digest, ([], []))
+            if document_id not in ids:
+                ids.append(document_id)
+            caches.append(cache)
+        return groups
+
+    def _manifest(
+        self, groups: Mapping[str, tuple[list[str], list[DocumentCache]]], documents: Sequence[EncodedDocument]
+    ) -> Manifest:
+        shape = documents[0].shape
+        assert all(replace(d.shape, tokens=shape.tokens) == shape for d in documents), "caches of several models"
+        return Manifest(
+            format=FORMAT_VERSION,
+            namespace=self.namespace,
+            fingerprint=self.fingerprint.digest,
+            codec=CodecEntry(name=self._codec.name, params=dict(self._codec.params)),
+            checksum="xxh3-128",
+            dtype=shape.dtype,
+            layers=shape.layers,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            value_dim=shape.value_dim,
+            documents=[
+                DocumentEntry(
+                    ids=ids,
+                    token_digest=digest,
+                    tokens=document.shape.tokens,
+                    params=dict(document.params),
+                    columns={
+                        c.name: ColumnEntry(
+                            bytes=document.columns[c.name].data.numel(),
+                            checksum=checksum(document.columns[c.name].data),
+                        )
+                        for c in self._codec.columns
+                    },
+                )
+                for (digest, (ids, _)), document in zip(groups.items(), documents, strict=True)
+            ],
+        )
+
+    def _write_fingerprint(self) -> None:
+        if not self._fingerprint_written:
+            layout.add_fingerprint(self._storage, self.fingerprint)
+            self._fingerprint_written = True
+
+    def alias(self, document_id: str, row: CatalogRow) -> CatalogRow:
+        """A row that gives the payload of ``row`` another id; still to be committed. Raises ``CorpusError``."""
+        check_document_id(document_id)
+        return replace(row, document_id=document_id, created_at=datetime.now(UTC))
+
+    def commit(self, rows: Sequence[CatalogRow], *, replace_payloads: bool = False) -> int:
+        """Make rows visible, all in one atomic step, and return a version of the catalog that has them.
+
+        Rows of an id that already has these tokens are dropped, so that doing the same work twice adds nothing; with
+        ``replace_payloads`` they are taken, to replace a damaged payload. The last of several rows of one id counts.
+
+        Raises:
+            PayloadForeignError: a row of another namespace, fingerprint or codec.
+            StoreUnavailableError: not committed; none of the rows is visible.
+        """
+        for row in rows:
+            if (row.namespace, row.fingerprint, row.codec) != (self.namespace, self.fingerprint.digest, self.codec):
+                raise PayloadForeignError(f"the row of document {row.document_id!r} belongs to another store")
+        self.refresh()
+        latest = {row.document_id: row for row in rows}
+        known = self.lookup(latest)
+        fresh: list[CatalogRow] = []
+        for document_id, row in latest.items():
+            old = known.get(document_id)
+            if old is not None and old.token_digest == row.token_digest and not replace_payloads:
+                continue
+            if old is not None and old.created_at >= row.created_at:  # clocks of machines differ
+                row = replace(row, created_at=old.created_at + timedelta(microseconds=1))
+            fresh.append(row)
+        return self._catalog.append(fresh) if fresh else self._catalog.version
+
+    # Reading
+
+    def refresh(self) -> bool:
+        """Take in what others committed since; true when there was something. Raises ``StoreUnavailableError``."""
+        return self._catalog.refresh()
+
+    def lookup(self, document_ids: Iterable[str]) -> dict[str, CatalogRow]:
+        """The rows of those ids that are there, as of the last refresh."""
+        return self._catalog.index.by_id(document_ids)
+
+    def lookup_tokens(self, token_digests: Iterable[str]) -> dict[str, CatalogRow]:
+        """For each token digest that is there, a row of any document with these tokens, as of the last refresh."""
+        return self._catalog.index.by_digest(token_digests)
+
+    def load(self, rows: Sequence[CatalogRow]) -> list[DocumentCache | PayloadError]:
+        """The caches of ``rows``, in order; in the place of one that must not be served, the error that says why."""
+        foreign = [r.namespace != self.namespace or r.fingerprint != self.fingerprint.digest for r in rows]
+        loaded = iter(self._reader.load([r for r, other in zip(rows, foreign, strict=True) if not other]))
+        return [
+            PayloadForeignError(f"the row of document {row.document_id!r} belongs to another store")
+            if other
+            else next(loaded)
+            for row, other in zip(rows, foreign, strict=True)
+        ]
+
+    def token_ids(self, rows: Sequence[CatalogRow]) -> list[list[int]]:
+        """Token ids of ``rows`` without K and V, also when a shard is damaged, from the copy kept beside it.
+
+        Raises a ``PayloadError`` for the first row whose token ids are nowhere to be had.
+        """
+        for row in rows:
+            if (row.namespace, row.fingerprint) != (self.namespace, self.fingerprint.digest):
+                raise PayloadForeignError(f"the row of document {row.document_id!r} belongs to another store")
+        return self._reader.token_ids(rows)
+
+
+def _write_tokens(file: IO[bytes], documents: Sequence[EncodedDocument]) -> None:
+    tokens = [token_bytes(d.token_ids) for d in documents]
+    schema = pa.schema([("row_group", pa.int32()), ("token_ids", pa.large_binary())])
+    table = pa.table([pa.array(range(len(tokens)), pa.int32()), pa.array(tokens, pa.large_binary())], schema=schema)
+    pq.write_table(table, file, compression="NONE", use_dictionary=False, write_statistics=False)
