@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
 from kvlink_core.errors import KVLinkError
-from kvlink_core.linking import get_linker
-from kvlink_core.models.loader import EMBEDDED, EMBEDDED_DIRECTORY
-from kvlink_core.store import DocumentStore
 from serve.client import RayEngine
 from serve.config import ServiceConfig, StartupError
 from serve.ingress import create_app
-from serve.server import EngineReplica, open_session
+from serve.loading import check
+from serve.server import EngineReplica
 
 ENGINE = "engine"
 INGRESS = "ingress"
-
-#: Up to this size a model is loaded once more, for the check before deployment.
-SMALL_MODEL_BYTES = 128 * 2**20
 
 
 def build_app(config: ServiceConfig) -> Application:
@@ -32,7 +26,11 @@ def build_app(config: ServiceConfig) -> Application:
         StartupError: what is configured cannot work; one line that says why.
     """
     config = config.absolute()
-    check(config)
+    try:
+        # `serve run` can exit with a plain error only until something is deployed.
+        check(config)
+    except KVLinkError as error:
+        raise StartupError(str(error)) from None
     engine, autoscaling = config.engine, config.engine.autoscaling
     replica = serve.deployment(
         EngineReplica,
@@ -52,36 +50,6 @@ def build_app(config: ServiceConfig) -> Application:
         graceful_shutdown_timeout_s=engine.shutdown_timeout_s,
     )
     return ingress.bind(replica.bind(config.model_dump()))
-
-
-def check(config: ServiceConfig) -> None:
-    """Refuse before anything is deployed: ``serve run`` can only exit with a plain error until then.
-
-    The fingerprint is compared here when the model is small enough to be loaded for that alone; each replica compares
-    it in any case.
-
-    Raises:
-        StartupError: an unknown linker; with ``config.check``, a missing model or store, or one that does not fit.
-    """
-    try:
-        if config.linker is not None:
-            get_linker(config.linker)
-        if not config.check:
-            return
-        if config.device == "cpu" and _is_small(config.model):
-            open_session(config)
-        elif config.store is not None:
-            options = config.storage_options or None
-            DocumentStore.open(config.store, namespace=config.namespace, storage_options=options)
-    except KVLinkError as error:
-        raise StartupError(str(error)) from None
-
-
-def _is_small(model: str) -> bool:
-    if model.startswith("random:"):
-        return False
-    directory = EMBEDDED_DIRECTORY if model == EMBEDDED else Path(model)
-    return sum(f.stat().st_size for f in directory.glob("*.safetensors")) <= SMALL_MODEL_BYTES
 
 
 def _ingress_builder(config: ServiceConfig) -> Callable[[], FastAPI]:

@@ -19,12 +19,10 @@ import torch
 
 from kvlink_core.engine import SamplingParams, TokenEvent
 from kvlink_core.errors import KVLinkError
-from kvlink_core.linking import linker_names
-from kvlink_core.models import load_model
 from kvlink_core.session import Answer, AnswerRequest, Session
-from kvlink_core.store import DocumentStore
 from kvlink_core.types import Document, DocumentRef, Message
 from serve.config import ServiceConfig
+from serve.loading import model_card, open_session
 from serve.metrics import Metrics, PrometheusMetrics
 from serve.wire import (
     ApiError,
@@ -99,6 +97,10 @@ class EngineServer:
         """Answers when the replica does."""
         await self.check_health()
         return "ok"
+
+    async def running(self) -> int:
+        """Requests in this replica now."""
+        return self._running
 
     async def check_health(self) -> None:
         """Raise when the computing thread is stuck; Serve then replaces the replica."""
@@ -222,37 +224,6 @@ class EngineReplica(EngineServer):
             stuck_after_s=settings.engine.stuck_after_s,
             linker=settings.linker,
         )
-
-
-def open_session(settings: ServiceConfig) -> Session:
-    """Load the model and open the store with its fingerprint.
-
-    Raises:
-        KVLinkError: no such model or store, or a store that holds caches of another model.
-    """
-    model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
-    if settings.store is None:
-        return Session(model)
-    store = DocumentStore.open(
-        settings.store,
-        fingerprint=model.fingerprint,
-        namespace=settings.namespace,
-        storage_options=settings.storage_options or None,
-    )
-    return Session(model, store)
-
-
-def model_card(session: Session, settings: ServiceConfig) -> ModelCard:
-    """What this session serves."""
-    model = session.model
-    return ModelCard(
-        id=model.name,
-        created=int(time.time()),
-        context_length=model.context_length,
-        fingerprint=model.fingerprint.digest,
-        linkers=linker_names(),
-        default_linker=settings.linker or model.default_linker,
-    )
 
 
 def _core_document(document: WireDocument) -> Document | DocumentRef:
