@@ -19,30 +19,30 @@ from pipeline.summary import Summary
 #: (its own, or click's), and neither is public; its name is the same in all.
 _USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
+#: ``\b`` keeps the lines of a paragraph as they are.
 HELP = """
 Compute the KV cache of every document of a corpus, once, and store it.
 
 What the store already has is skipped, so running the job again is cheap, and a killed run is completed by the next.
 
-EXAMPLES
+\b
+On this machine, with the small model that ships:
+  python pipeline/precompute.py --input corpus.jsonl --store ./store
 
-  On this machine, with the small model that ships:
+\b
+A folder and a glob, columns named, with a model of yours on two GPUs:
+  python pipeline/precompute.py --input docs/ --input 's3://bucket/wiki/*.parquet' \\
+    --text-column body --id-column url --model /models/llama \\
+    --store s3://bucket/caches --actors 2 --num-gpus 1
 
-    python pipeline/precompute.py --input corpus.jsonl --store ./store
-
-  A folder and a glob, columns named, with a model of yours on two GPUs:
-
-    python pipeline/precompute.py --input docs/ --input 's3://bucket/wiki/*.parquet' --text-column body
-    --id-column url --model /models/llama --store s3://bucket/caches --actors 2 --num-gpus 1
-
-  On a running cluster (absolute store path or URL, reachable from every node):
-
-    ray job submit --address http://HEAD:8265 --working-dir . --
+\b
+On a running cluster (absolute paths or URLs that every node reaches):
+  ray job submit --address http://HEAD:8265 --working-dir . -- \\
     python pipeline/precompute.py --input /data/corpus --store /data/store
 
-  Settings from a file, one of them overridden:
-
-    python pipeline/precompute.py --config pipeline/configs/gpu.yaml --actors 8
+\b
+Settings from a file, one of them overridden:
+  python pipeline/precompute.py --config pipeline/configs/gpu.yaml --actors 8
 
 INPUT is .jsonl, .jsonl.gz, .parquet, .txt or .md. A row needs a text; without an id it is called file:row. Documents
 over --chunk-tokens are split at sentence borders into chunks ID#0, ID#1, ...
@@ -61,7 +61,9 @@ def precompute(
     config: Annotated[
         str | None, typer.Option(help="YAML file with these keys (input: [...], num_gpus: 1, ...).")
     ] = None,
-    input: Annotated[Texts, typer.Option(help="File, folder or glob; a path or fsspec URL. May be repeated.")] = None,
+    input: Annotated[
+        Texts, typer.Option(help="File, folder or glob; a path or fsspec URL. May be repeated.", metavar="TEXT")
+    ] = None,
     store: Annotated[
         str | None, typer.Option(help="Where the caches go: a folder or fsspec URL; made if missing.")
     ] = None,
@@ -71,7 +73,9 @@ def precompute(
     text_column: Annotated[str | None, typer.Option(help="Column of the text. [text]")] = None,
     id_column: Annotated[str | None, typer.Option(help="Column of the id. [id if there, else file:row]")] = None,
     title_column: Annotated[str | None, typer.Option(help="Column of the title. [title, if there]")] = None,
-    input_option: Annotated[Texts, typer.Option(help="KEY=VALUE for the input's file system. May be repeated.")] = None,
+    input_option: Annotated[
+        Texts, typer.Option(help="KEY=VALUE for the input's file system. May be repeated.", metavar="TEXT")
+    ] = None,
     bad_files: Annotated[
         str | None, typer.Option(help="A file that cannot be read: 'fail' (default) or 'skip' it.")
     ] = None,

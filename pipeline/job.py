@@ -11,7 +11,6 @@ shards that nobody names, which garbage collection removes.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -32,7 +31,7 @@ from pipeline.config import PrecomputeConfig
 from pipeline.plan import Plan, Planner
 from pipeline.reading import Columns
 from pipeline.sources import Corpus, find_files
-from pipeline.stages import EncoderSettings, ShardEncoder, key_rows, read_files, select_rows
+from pipeline.stages import EncoderSettings, ShardEncoder, key_rows, read_files, row_from_json, select_rows
 from pipeline.summary import Failure, Summary
 
 logger = logging.getLogger(__name__)
@@ -239,7 +238,7 @@ class Committer:
                 for chunk_id in (result["chunk_id"], *followers):
                     summary.failed.append(Failure(piece.place, chunk_id, result["code"], result["reason"]))
                 continue
-            row = CatalogRow(**json.loads(result["catalog"]))
+            row = row_from_json(result["catalog"])
             self._pending += [row, *(self._store.alias(each, row) for each in followers)]
             self._shards.add(row.shard)
             summary.encoded += 1

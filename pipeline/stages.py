@@ -28,7 +28,8 @@ from kvlink_core.fingerprint import token_digest
 from kvlink_core.models import load_model
 from kvlink_core.models.describe import load_layout
 from kvlink_core.prompt import PromptLayout
-from kvlink_core.store import DocumentStore
+from kvlink_core.store import CatalogRow, DocumentStore
+from kvlink_core.store.rows import from_micros, to_micros
 from kvlink_core.types import Document, DocumentCache
 from pipeline.reading import BadRow, Columns, Row, read_file
 from pipeline.sources import SourceFile
@@ -264,12 +265,23 @@ def encode_shard(
     for row, cache in zip(rows, caches, strict=True):
         result = {key: row[key] for key in ("chunk_id", "token_digest", "tokens")}
         if isinstance(cache, DocumentCache):
-            result["catalog"] = json.dumps(asdict(next(written)))
+            result["catalog"] = row_to_json(next(written))
         else:
             code = cache.code if isinstance(cache, KVLinkError) else "encode_error"
             result |= {"code": code, "reason": " ".join(str(cache).split())[:500] or repr(cache)}
         results.append(result)
     return results
+
+
+def row_to_json(row: CatalogRow) -> str:
+    """A catalog row on its way to the driver."""
+    return json.dumps({**asdict(row), "created_at": to_micros(row.created_at)})
+
+
+def row_from_json(text: str) -> CatalogRow:
+    """The row back from ``row_to_json``."""
+    fields = json.loads(text)
+    return CatalogRow(**{**fields, "created_at": from_micros(fields["created_at"])})
 
 
 def _encode(encoder: DocumentEncoder, token_ids: list[list[int]]) -> list[DocumentCache | Exception]:
