@@ -1,6 +1,8 @@
-"""Builds the application: ``serve run serve.app:build_app store=... model=...``, or from YAML with the same names."""
+"""Builds the application: ``serve run serve.app:build_app store=... model=...``, or from YAML with the same names.
 
-from __future__ import annotations
+No ``from __future__ import annotations`` here: Serve looks at the annotation of ``build_app`` itself to know that the
+arguments are a ``ServiceConfig``, and a string would make it pass a plain dictionary.
+"""
 
 from collections.abc import Callable
 

@@ -1,0 +1,136 @@
+"""``serve run`` as the README has it: a configuration file that answers, and wrong ones that say so in one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from kvlink_core.encode import DocumentEncoder
+from kvlink_core.models import LoadedModel
+from kvlink_core.store import DocumentStore
+from kvlink_core.types import Document
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[2]
+SERVE_RUN = [sys.executable, "-m", "ray.serve.scripts", "run"]
+#: A Ray of its own, whatever else runs on this machine.
+ENVIRONMENT = os.environ | {"RAY_ADDRESS": "local", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="module")
+def store(tiny_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("run") / "store"
+    opened = DocumentStore.open(str(where), fingerprint=tiny_model.fingerprint, create=True)
+    tokens = tiny_model.layout.document_tokens(Document("a", "The mill stands by the river."))
+    opened.commit(opened.write_shard([("a", DocumentEncoder(tiny_model).encode([tokens])[0])]))
+    return where
+
+
+def fails(*arguments: str) -> str:
+    """The standard error of a ``serve run`` that must exit with 2 before it starts anything."""
+    done = subprocess.run(
+        [*SERVE_RUN, "serve.app:build_app", *arguments],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Started a local Ray" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    return line
+
+
+def test_a_wrong_setting_is_one_line() -> None:
+    line = fails("store=x", "modle=embedded")
+    assert line == "Error: configuration: unknown setting 'modle'; did you mean 'model'?"
+
+
+def test_a_store_that_is_not_there_is_one_line(tiny_model_dir: Path, tmp_path: Path) -> None:
+    line = fails(f"store={tmp_path / 'nothing'}", f"model={tiny_model_dir}")
+    assert "nothing" in line
+
+
+def test_a_store_of_another_model_is_one_line_that_says_what_differs(store: Path, tiny_model_dir: Path) -> None:
+    line = fails(f"store={store}", f"model={tiny_model_dir}", "dtype=bfloat16")
+    assert "dtype" in line
+    assert "float32" in line
+
+
+def test_a_configuration_file_serves_on_loopback_alone(store: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((ROOT / "serve/configs/local.yaml").read_text("utf-8"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = config["http_options"]["port"] = probe.getsockname()[1]
+    config["applications"][0]["args"] |= {"store": str(store), "model": str(tiny_model_dir)}
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump(config), "utf-8")
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*SERVE_RUN, str(path)],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_healthy(url, process, log)
+        body = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "Where is the mill?"}],
+            "documents": [{"id": "a"}],
+            "max_tokens": 4,
+        }
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+        assert answer["kvlink"]["documents"][0]["origin"] == "store"
+        assert listening_addresses(port) == {"127.0.0.1"}
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the session started above
+            raise
+    assert "Traceback" not in log.read_text("utf-8")
+
+
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text("utf-8")
+        try:
+            if httpx.get(f"{url}/healthz", timeout=10).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.3)
+    pytest.fail(log.read_text("utf-8"))
+
+
+def listening_addresses(port: int) -> set[str]:
+    """Local addresses on which this machine listens on a port; IPv6 wildcards count as 0.0.0.0."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text("ascii").splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            address, hexadecimal_port = local.split(":")
+            if state == "0A" and int(hexadecimal_port, 16) == port:
+                word = bytes.fromhex(address[-8:])[::-1]
+                found.add(socket.inet_ntoa(word))
+    return found
