@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from kvlink_core.training.worlds import TEST_SEEDS, make_world
+from kvlink_core.training.worlds import TEST_SEEDS, Question, make_world
 
 
 def write_sample(directory: Path, *, worlds: int, questions: int, first_seed: int = 0) -> tuple[int, int]:
@@ -22,12 +24,17 @@ def write_sample(directory: Path, *, worlds: int, questions: int, first_seed: in
         world = make_world(seed)
         ids = [f"w{seed}-{number}" for number in range(1, len(world.passages) + 1)]
         corpus += [{"id": i, "text": text} for i, text in zip(ids, world.passages, strict=True)]
-        # One of each kind first, so that a short list still shows all kinds.
-        ordered = sorted(world.questions, key=lambda q: [p.kind for p in world.questions].index(q.kind))
-        by_kind = {q.kind: q for q in reversed(ordered)}
-        chosen = [*by_kind.values(), *(q for q in ordered if q not in by_kind.values())][:questions]
-        asked += [{"question": q.question, "answer": q.answer, "kind": q.kind, "documents": ids} for q in chosen]
+        asked_here = _by_turns(world.questions, start=seed)[:questions]
+        asked += [{"question": q.question, "answer": q.answer, "kind": q.kind, "documents": ids} for q in asked_here]
     directory.mkdir(parents=True, exist_ok=True)
     for name, rows in (("corpus.jsonl", corpus), ("questions.jsonl", asked)):
         (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return len(corpus), len(asked)
+
+
+def _by_turns(questions: Sequence[Question], *, start: int) -> list[Question]:
+    """The questions, one of each kind in turn, so that a short list shows all kinds; ``start`` rotates the kinds."""
+    kinds = sorted({q.kind for q in questions})
+    kinds = kinds[start % len(kinds) :] + kinds[: start % len(kinds)]
+    queues = [[q for q in questions if q.kind == kind] for kind in kinds]
+    return [q for turn in itertools.zip_longest(*queues) for q in turn if q is not None]
