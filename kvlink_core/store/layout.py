@@ -64,11 +64,12 @@ def create_store(storage: Storage) -> None:
                 f"{', ...' if len(names) > 3 else ''}). Give an empty or a new path."
             ) from error
         storage.prepare()
-        storage.publish(MARKER, lambda file: _write(file, _MARKER_BYTES))
+        storage.publish("", lambda file: _write(file, MARKER, _MARKER_BYTES))
 
 
-def _write(file: IO[bytes], data: bytes) -> None:
+def _write(file: IO[bytes], name: str, data: bytes) -> str:
     file.write(data)
+    return name
 
 
 def fingerprints(storage: Storage) -> list[str]:
@@ -80,7 +81,7 @@ def fingerprints(storage: Storage) -> list[str]:
 def add_fingerprint(storage: Storage, fingerprint: Fingerprint) -> None:
     """Write down the fields of ``fingerprint``."""
     data = fingerprint.to_json().encode()
-    storage.publish(f"fingerprints/{fingerprint.digest}.json", lambda file: _write(file, data))
+    storage.publish("fingerprints", lambda file: _write(file, f"{fingerprint.digest}.json", data))
 
 
 def only_fingerprint(storage: Storage) -> Fingerprint:

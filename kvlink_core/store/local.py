@@ -56,31 +56,24 @@ class LocalStorage:
             probe.write_bytes(b"")
             probe.unlink()
 
-    def publish(self, path: str, write: Callable[[IO[bytes]], None]) -> None:
+    def publish(self, directory: str, write: Callable[[IO[bytes]], str]) -> str:
         """See ``Storage.publish``."""
-        target = self._root / path
-        temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+        folder = self._root / directory
+        temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:
-            with unavailable(f"cannot write {self.url}/{path}"):
-                target.parent.mkdir(exist_ok=True)
-                with open(temporary, "xb") as file:
-                    write(file)
+            with unavailable(f"cannot write to {self.url}/{directory}"):
+                folder.mkdir(exist_ok=True)
+                with open(temporary, "x+b") as file:
+                    name = write(file)
                     file.flush()
                     os.fsync(file.fileno())  # before the rename, or a power cut could leave the name without the bytes
-                os.replace(temporary, target)
-                _sync_directory(target.parent)
+                os.replace(temporary, folder / name)
+                _sync_directory(folder)
+                return name
         except FileNotFoundError as error:
             raise StoreUnavailableError(f"the store {self.url} is gone: {error}") from error
         finally:
             temporary.unlink(missing_ok=True)
-
-    def version(self, path: str) -> object:
-        """See ``Storage.version``."""
-        try:
-            status = os.stat(self._root / path)
-        except OSError:
-            return None
-        return (status.st_ino, status.st_size, status.st_mtime_ns)
 
     def tails(self, paths: Sequence[str], length: int) -> list[Tail | Exception]:
         """See ``Storage.tails``."""

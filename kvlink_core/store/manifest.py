@@ -18,7 +18,6 @@ FORMAT_VERSION: Final = 1
 FORMAT_KEY = b"kvlink.format"
 MANIFEST_KEY = b"kvlink.manifest"
 FINGERPRINT_KEY = b"kvlink.fingerprint"
-CREATED_AT_KEY = b"kvlink.created_at"
 
 NAMESPACE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 _SHARD_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
@@ -78,7 +77,7 @@ class Manifest(_Strict):
     documents: Annotated[list[DocumentEntry], Field(min_length=1)]
 
     def to_bytes(self) -> bytes:
-        """The JSON to be stored, and hashed for the name."""
+        """The JSON to be stored."""
         return self.model_dump_json().encode()
 
     def shape(self, document: DocumentEntry) -> CacheShape:
@@ -88,8 +87,6 @@ class Manifest(_Strict):
 
 def parse_manifest(data: bytes, shard: str) -> Manifest:
     """Parse a stored manifest of the file ``shard``. Raises ``PayloadCorruptError``."""
-    if shard_name(data) != shard:
-        raise PayloadCorruptError(f"shard {shard}: its manifest does not hash to its name")
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
@@ -101,9 +98,9 @@ def parse_manifest(data: bytes, shard: str) -> Manifest:
     return manifest
 
 
-def shard_name(manifest: bytes) -> str:
-    """The file name of the shard with that manifest."""
-    return hashlib.sha256(manifest).hexdigest() + ".parquet"
+def shard_name(footer: bytes) -> str:
+    """The file name of the shard with that footer (Parquet's FileMetaData)."""
+    return hashlib.sha256(footer).hexdigest() + ".parquet"
 
 
 def check_shard_name(shard: str) -> None:

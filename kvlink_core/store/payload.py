@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from typing import IO
 
 import pyarrow as pa
@@ -30,7 +29,6 @@ from kvlink_core.store.buffers import (
     tokens_of_bytes,
 )
 from kvlink_core.store.manifest import (
-    CREATED_AT_KEY,
     FINGERPRINT_KEY,
     FORMAT_KEY,
     FORMAT_VERSION,
@@ -39,7 +37,9 @@ from kvlink_core.store.manifest import (
     Manifest,
     check_belongs,
     parse_manifest,
+    shard_name,
 )
+from kvlink_core.store.pages import check_pages
 from kvlink_core.store.rows import CatalogRow
 
 MAGIC = b"PAR1"
@@ -70,9 +70,10 @@ def write_payload(
     fingerprint_json: str,
     codec: Codec,
     documents: Sequence[EncodedDocument],
-    created_at: datetime,
-) -> None:
-    """Write a shard. The documents are those of the manifest, in its order.
+) -> str:
+    """Write a shard to a file that can be read back, and return the name that it must have.
+
+    The documents are those of the manifest, in its order.
 
     Raises ``CorpusError`` for a document too large for Parquet.
     """
@@ -86,7 +87,6 @@ def write_payload(
         FORMAT_KEY: str(FORMAT_VERSION).encode(),
         MANIFEST_KEY: manifest,
         FINGERPRINT_KEY: fingerprint_json.encode(),
-        CREATED_AT_KEY: created_at.isoformat().encode(),
     }
     schema = _schema(codec).with_metadata(metadata)
     with pq.ParquetWriter(
@@ -104,6 +104,13 @@ def write_payload(
             arrays = [pa.array(range(layers), pa.int32()), pa.array(tokens, pa.large_binary())]
             arrays += [array_of_column(document.columns[c.name]) for c in codec.columns]
             writer.write_table(pa.table(arrays, schema=schema), row_group_size=layers)
+    size = sink.tell()
+    sink.seek(size - 8)
+    length = int.from_bytes(sink.read(4), "little")
+    sink.seek(size - 8 - length)
+    name = shard_name(sink.read(length))
+    sink.seek(size)
+    return name
 
 
 def _schema(codec: Codec) -> pa.Schema:
@@ -150,6 +157,10 @@ def parse_footer(shard: str, tail: bytes, size: int | None) -> Footer:
     """
     length = footer_length(tail, shard, size)
     footer = tail[-length:]
+    # Before parsing, not only because nothing else should be trusted: Arrow ends the process, rather than raise, when
+    # some fields of a footer (the compression, for one) have impossible values.
+    if shard_name(footer[:-8]) != shard:
+        raise PayloadCorruptError(f"shard {shard}: its footer does not hash to its name")
     with corrupt(shard):
         # Every list element takes a byte at least, so no honest list is longer than the footer.
         metadata = pq.ParquetFile(
@@ -171,10 +182,21 @@ def parse_footer(shard: str, tail: bytes, size: int | None) -> Footer:
             codec = make_codec(manifest.codec.name, manifest.codec.params)
         except UnknownCodecError as error:
             raise FormatVersionError(f"shard {shard}: {error}") from error
+        # First of all, because Arrow ends the process on a column chunk that does not fit the schema.
+        _check_schema(metadata, codec, shard)
         if metadata.num_row_groups != len(manifest.documents):
             raise PayloadCorruptError(f"shard {shard}: not as many row groups as documents")
         data_end = None if size is None else size - length
         return Footer(shard, metadata, manifest, codec, pairs[FINGERPRINT_KEY].decode(), data_end)
+
+
+def _check_schema(metadata: pq.FileMetaData, codec: Codec, shard: str) -> None:
+    names = ["layer", "token_ids", *(c.name for c in codec.columns)]
+    columns = [metadata.schema.column(i) for i in range(metadata.num_columns)]
+    found = [(c.path, c.physical_type, c.max_definition_level, c.max_repetition_level) for c in columns]
+    wanted = [(n, "INT32" if i == 0 else "BYTE_ARRAY", 1 if i == 1 else 0, 0) for i, n in enumerate(names)]
+    if found != wanted:
+        raise PayloadCorruptError(f"shard {shard}: its columns are not those of codec {codec.name!r}")
 
 
 def check_asked(footer: Footer, row: CatalogRow) -> DocumentEntry:
@@ -212,15 +234,14 @@ def locate(footer: Footer, row_group: int) -> tuple[int, int]:
         ok = ok and len(entry.columns) == len(footer.codec.columns)
         begin = end = group.column(0).data_page_offset
         for index, (spec, nbytes) in enumerate(expected if ok else ()):
-            chunk, column = group.column(index), footer.metadata.schema.column(index)
+            chunk = group.column(index)
+            # Not its ``compression``: Arrow ends the process when that is an impossible value. ``check_pages`` sees to
+            # it that nothing becomes larger than allowed, and the checksum to what it becomes.
             plain, stored = chunk.total_uncompressed_size, chunk.total_compressed_size
             ok = (
                 ok
                 and chunk.path_in_schema == spec.name
                 and chunk.physical_type == ("INT32" if index == 0 else "BYTE_ARRAY")
-                and column.max_repetition_level == 0
-                and column.max_definition_level == (1 if index == 1 else 0)
-                and chunk.compression == ("UNCOMPRESSED" if spec.compression == "NONE" else spec.compression)
                 and set(chunk.encodings) <= {"PLAIN", "RLE"}
                 and not chunk.has_dictionary_page
                 and chunk.num_values == manifest.layers
@@ -269,9 +290,17 @@ def read_token_ids(source: pa.NativeFile, footer: Footer, row_group: int) -> lis
 
 
 def _read(source: pa.NativeFile, footer: Footer, row_group: int, columns: list[str]) -> pa.Table:
+    group = footer.metadata.row_group(row_group)
+    layers = footer.manifest.layers
+    for index in range(group.num_columns):
+        chunk = group.column(index)
+        if chunk.path_in_schema in columns:
+            begin = chunk.data_page_offset
+            end, plain = begin + chunk.total_compressed_size, chunk.total_uncompressed_size
+            check_pages(source, begin, end, values=layers, plain=plain)
     file = pq.ParquetFile(source, metadata=footer.metadata)
     table = file.read_row_group(row_group, columns=columns, use_threads=False)
-    if table.num_rows != footer.manifest.layers:
+    if table.num_rows != layers:
         raise PayloadCorruptError(f"shard {footer.shard}: {table.num_rows} layers are there")
     return table
 

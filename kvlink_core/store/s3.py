@@ -87,20 +87,17 @@ class S3Storage:
                 f"cannot write to {self.url}: {describe(error)}. Is the bucket there?"
             ) from error
 
-    def publish(self, path: str, write: Callable[[IO[bytes]], None]) -> None:
+    def publish(self, directory: str, write: Callable[[IO[bytes]], str]) -> str:
         """See ``Storage.publish``. Through a local file, because an upload that is broken off must not be completed."""
         with tempfile.NamedTemporaryFile(prefix="kvlink-") as file:
-            write(file)
+            name = write(file)
             file.flush()
             try:
-                with unavailable(f"cannot write {self.url}/{path}"):
-                    self._fs.put_file(file.name, self._at(path))
+                with unavailable(f"cannot write to {self.url}/{directory}"):
+                    self._fs.put_file(file.name, self._at(f"{directory}/{name}".lstrip("/")))
             except FileNotFoundError as error:
                 raise StoreUnavailableError(f"the store {self.url} is gone: {describe(error)}") from error
-
-    def version(self, path: str) -> object:
-        """See ``Storage.version``."""
-        return None
+        return name
 
     def tails(self, paths: Sequence[str], length: int) -> list[Tail | Exception]:
         """See ``Storage.tails``."""

@@ -37,41 +37,34 @@ _FOOTER_CACHE_BYTES = 32 * 2**20
 
 
 class FooterCache:
-    """Footers by shard and version of the file, least recently used out first. Safe to use from several threads."""
+    """Footers by shard, least recently used out first. Safe to use from several threads.
+
+    A shard's name is the hash of its footer, so a kept one is never outdated.
+    """
 
     def __init__(self, limit: int = _FOOTER_CACHE_BYTES) -> None:
         self._limit = limit
         self._held = 0
-        self._items: OrderedDict[str, tuple[object, Footer]] = OrderedDict()
+        self._items: OrderedDict[str, Footer] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, shard: str, version: object) -> Footer | None:
-        """The footer that was kept for this very version of the file."""
+    def get(self, shard: str) -> Footer | None:
+        """The footer, if it is kept."""
         with self._lock:
-            item = self._items.get(shard)
-            if item is None or item[0] != version:
-                return None
-            self._items.move_to_end(shard)
-            return item[1]
+            if shard in self._items:
+                self._items.move_to_end(shard)
+            return self._items.get(shard)
 
-    def put(self, footer: Footer, version: object) -> None:
+    def put(self, footer: Footer) -> None:
         """Keep ``footer``, and forget the oldest ones beyond the limit."""
         with self._lock:
-            self._forget(footer.shard)
-            self._items[footer.shard] = (version, footer)
+            if footer.shard in self._items:
+                return
+            self._items[footer.shard] = footer
             self._held += footer.metadata.serialized_size
             while self._held > self._limit and len(self._items) > 1:
-                self._forget(next(iter(self._items)))
-
-    def forget(self, shard: str) -> None:
-        """Drop the footer of ``shard``, if it is there."""
-        with self._lock:
-            self._forget(shard)
-
-    def _forget(self, shard: str) -> None:
-        item = self._items.pop(shard, None)
-        if item is not None:
-            self._held -= item[1].metadata.serialized_size
+                _, oldest = self._items.popitem(last=False)
+                self._held -= oldest.metadata.serialized_size
 
 
 class ShardReader:
@@ -94,18 +87,6 @@ class ShardReader:
 
     def load(self, rows: Sequence[CatalogRow]) -> list[DocumentCache | PayloadError]:
         """The cache of each row, in order; a payload that must not be served is its error instead."""
-        results = self._load(rows)
-        # A kept footer may be outdated: the same content written anew by another version of the writer lies elsewhere
-        # in the file. So what looks corrupt is looked at once more with a fresh footer.
-        again = [i for i, found in enumerate(results) if isinstance(found, PayloadCorruptError)]
-        again = [i for i in again if self._footers.get(rows[i].shard, self._version(rows[i].shard)) is not None]
-        for i in again:
-            self._footers.forget(rows[i].shard)
-        for i, found in zip(again, self._load([rows[i] for i in again]), strict=True):
-            results[i] = found
-        return results
-
-    def _load(self, rows: Sequence[CatalogRow]) -> list[DocumentCache | PayloadError]:
         footers = self._get_footers(list(dict.fromkeys(row.shard for row in rows)))
         places = [self._place(footers[row.shard], row) for row in rows]
         unique = list(dict.fromkeys(p for p in places if isinstance(p, Range)))
@@ -183,20 +164,15 @@ class ShardReader:
         except PayloadError as error:
             return error
 
-    def _version(self, shard: str) -> object:
-        return self._storage.version(f"shards/{shard}")
-
     def _get_footers(self, shards: Sequence[str]) -> dict[str, Footer | PayloadError]:
         found: dict[str, Footer | PayloadError] = {}
-        versions: dict[str, object] = {}
         for shard in shards:
             try:
                 check_shard_name(shard)
             except PayloadCorruptError as error:
                 found[shard] = error
                 continue
-            versions[shard] = self._version(shard)
-            kept = self._footers.get(shard, versions[shard])
+            kept = self._footers.get(shard)
             if kept is not None:
                 found[shard] = kept
         unknown = [s for s in shards if s not in found]
@@ -204,7 +180,7 @@ class ShardReader:
         for shard, tail in zip(unknown, tails, strict=True):
             try:
                 found[shard] = footer = self._parse(shard, tail)
-                self._footers.put(footer, versions[shard])
+                self._footers.put(footer)
             except PayloadError as error:
                 found[shard] = error
         return found

@@ -14,7 +14,7 @@ from typing import IO, Protocol
 
 import pyarrow as pa
 
-from kvlink_core.errors import ConfigError, StoreError, StoreUnavailableError
+from kvlink_core.errors import ConfigError, KVLinkError, StoreUnavailableError
 
 #: Unfinished writes begin with this; readers ignore them.
 TEMPORARY = ".tmp-"
@@ -75,15 +75,14 @@ class Storage(Protocol):
         """Make the root so that it can be written to, and prove it. Raises ``StoreUnavailableError``."""
         ...
 
-    def publish(self, path: str, write: Callable[[IO[bytes]], None]) -> None:
+    def publish(self, directory: str, write: Callable[[IO[bytes]], str]) -> str:
         """Write a file so that it appears whole or not at all, replacing any of that name.
+
+        ``write`` gets a file to write to and read back, and returns the name that it is to have in ``directory``.
+        Returns that name.
 
         Raises ``StoreUnavailableError``; what ``write`` raises of its own passes through.
         """
-        ...
-
-    def version(self, path: str) -> object:
-        """Something cheap that changes when a file is replaced, or ``None`` where finding out costs a request."""
         ...
 
     def tails(self, paths: Sequence[str], length: int) -> list[Tail | Exception]:
@@ -106,7 +105,7 @@ def unavailable(what: str) -> Iterator[None]:
     """Turn whatever a storage library raises into ``StoreUnavailableError``, but for our own and missing files."""
     try:
         yield
-    except (StoreError, FileNotFoundError):
+    except (KVLinkError, FileNotFoundError):
         raise
     # Broad on purpose: file systems, botocore, aiohttp and delta-rs have no common root, and none of their types
     # means anything to a caller but that the store did not do what it was asked.

@@ -32,7 +32,6 @@ from kvlink_core.store.manifest import (
     Manifest,
     check_document_id,
     check_namespace,
-    shard_name,
 )
 from kvlink_core.store.payload import write_payload
 from kvlink_core.store.rows import CatalogRow
@@ -145,16 +144,15 @@ class DocumentStore:
         groups = self._group(entries)
         documents = [self._codec.encode(caches[0]) for _, caches in groups.values()]
         manifest = self._manifest(groups, documents)
-        data = manifest.to_bytes()
-        name = shard_name(data)
-        now = datetime.now(UTC)
-
-        def write(file: IO[bytes]) -> None:
-            write_payload(file, data, self.fingerprint.to_json(), self._codec, documents, now)
-
         self._write_fingerprint()
-        self._storage.publish(f"tokens/{name}", lambda file: _write_tokens(file, documents))
-        self._storage.publish(f"shards/{name}", write)
+
+        def write(file: IO[bytes]) -> str:
+            name = write_payload(file, manifest.to_bytes(), self.fingerprint.to_json(), self._codec, documents)
+            self._storage.publish("tokens", lambda copy: _write_tokens(copy, name, documents))
+            return name
+
+        name = self._storage.publish("shards", write)
+        now = datetime.now(UTC)
         rows = {
             document_id: CatalogRow(
                 document_id, self.namespace, manifest.fingerprint, entry.token_digest, self.codec,
@@ -294,8 +292,9 @@ class DocumentStore:
         return self._reader.token_ids(rows)
 
 
-def _write_tokens(file: IO[bytes], documents: Sequence[EncodedDocument]) -> None:
+def _write_tokens(file: IO[bytes], name: str, documents: Sequence[EncodedDocument]) -> str:
     tokens = [token_bytes(d.token_ids) for d in documents]
     schema = pa.schema([("row_group", pa.int32()), ("token_ids", pa.large_binary())])
     table = pa.table([pa.array(range(len(tokens)), pa.int32()), pa.array(tokens, pa.large_binary())], schema=schema)
     pq.write_table(table, file, compression="NONE", use_dictionary=False, write_statistics=False)
+    return name
