@@ -1,0 +1,208 @@
+"""The RayJob's entrypoint and the RayService's ``serveConfigV2``, word for word, on a local Ray.
+
+One Ray head stands for the pods. It is started as KubeRay starts it, with the environment that the image, the ConfigMap
+and the token mode give, in a folder that holds exactly the files that the image gets. Only places differ: the image's
+and the volume's folders are mapped to temporary ones, and ports to free ones.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+TOKEN = "0123456789abcdef" * 4
+DOCUMENTS = 24
+
+
+@dataclass
+class Pod:
+    """A running Ray head, and what a container beside it would see."""
+
+    env: dict[str, str]
+    cwd: Path
+    dashboard: str
+    agent: str
+    serve: str
+
+    @contextmanager
+    def shell(self, line: str) -> Iterator[subprocess.Popen[str]]:
+        """Run a line as KubeRay's containers do, both outputs in one; at the end it is not running any more."""
+        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        command = ["/bin/bash", "-ce", "--", line]
+        with subprocess.Popen(command, env=self.env, cwd=self.cwd, start_new_session=True, **out) as process:
+            try:
+                yield process
+            finally:
+                kill(process)
+
+    def api(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        """Ask the dashboard, as the operator does."""
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        return httpx.request(method, self.dashboard + path, headers=headers, timeout=60, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def pod(image: Any, config_map: dict[str, str]) -> Iterator[Pod]:
+    """Start the head; kill it and all that it started at the end."""
+    # Not pytest's folder: Ray keeps sockets in here, whose paths may have 107 characters.
+    home = Path(tempfile.mkdtemp(prefix="kvl-"))
+    code, volume = home / "opt", home / "var"
+    volume.mkdir()
+    image.stage(code)
+    places = {image.workdir: str(code), "/var/lib/kvlink": str(volume)}
+    shorten(code / config_map["KVLINK_CORPUS"].removeprefix(image.workdir + "/"))
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "KVLINK_"))}
+    env |= {name: mapped(value, places) for name, value in (image.env | config_map).items()}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "HOME": str(home)}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    gcs, dashboard, agent, metrics, client, serve = free_ports(6)
+    start = (
+        f"ray start --head --block --temp-dir {home}/ray --port {gcs} --dashboard-port {dashboard} --num-cpus 4"
+        f" --dashboard-agent-listen-port {agent} --metrics-export-port {metrics} --ray-client-server-port {client}"
+        f" --object-store-memory 100000000 --disable-usage-stats"
+    )
+    with (home / "log").open("w") as log:
+        head = subprocess.Popen(start.split(), env=env, cwd=code, stdout=log, stderr=log, start_new_session=True)
+    local = "http://127.0.0.1"
+    pod = Pod(env, code, f"{local}:{dashboard}", f"{local}:{agent}", f"{local}:{serve}")
+    try:
+        wait_for(lambda: succeeds(f"{pod.agent}/api/healthz"), 60, lambda: (home / "log").read_text())
+        # Serve keeps the port that it was first started with, so what is deployed afterwards can say 8000.
+        http = {"host": "127.0.0.1", "port": serve}
+        pod.api("PUT", "/api/serve/applications/", json={"http_options": http, "applications": []}).raise_for_status()
+        yield pod
+    finally:
+        kill(head)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def test_the_job_then_the_service(pod: Pod, rayjob: Any, rayservice: Any) -> None:
+    entrypoint = rayjob["spec"]["entrypoint"]
+    head = rayservice["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]
+    (wait_for_store,) = head["initContainers"]
+
+    # While there is no store, the service's head waits and says why; the job makes the store.
+    with pod.shell(*wait_for_store["args"]) as waiting:
+        # KubeRay's submitter has this line, with a status check and a log follower around it.
+        with pod.shell(f"ray job submit --address {pod.dashboard} --submission-id once -- {entrypoint} ;") as job:
+            said, _ = job.communicate(timeout=120)
+        assert job.returncode == 0, said
+        waited, _ = waiting.communicate(timeout=30)
+    assert waiting.returncode == 0, waited
+    assert "StoreNotFoundError" in waited
+
+    # What the operator sends.
+    config = yaml.safe_load(rayservice["spec"]["serveConfigV2"])
+    pod.api("PUT", "/api/serve/applications/", json=config).raise_for_status()
+    wait_for(lambda: running(pod, "kvlink"), 120, lambda: pod.api("GET", "/api/serve/applications/").text)
+
+    with httpx.Client(base_url=pod.serve, timeout=60) as client:
+        model = client.get("/v1/models").json()["data"][0]["id"]
+        answer = client.post(
+            "/v1/chat/completions",
+            json={
+                "model": model,
+                "messages": [{"role": "user", "content": "Who is it about?"}],
+                "documents": [{"id": document_id(pod)}],
+                "max_tokens": 8,
+            },
+        )
+    assert answer.status_code == 200, answer.text
+    usage = answer.json()["usage"]
+    assert 0 < usage["prompt_tokens_details"]["cached_tokens"] < usage["prompt_tokens"]
+    assert usage["completion_tokens"] > 0
+
+
+def test_probes_need_no_token_and_the_dashboard_does(pod: Pod) -> None:
+    # KubeRay's probes: httpGet on head and workers, wget on the agent and on the proxy of a serving worker.
+    assert succeeds(f"{pod.agent}/api/healthz")
+    assert succeeds(f"{pod.agent}/api/local_raylet_healthz")
+    assert "success" in httpx.get(f"{pod.serve}/-/healthz").text
+    assert httpx.get(f"{pod.dashboard}/api/serve/applications/").status_code == 401
+    refused = httpx.post(f"{pod.dashboard}/api/jobs/", json={"entrypoint": "true"})
+    assert refused.status_code == 401
+
+
+def mapped(value: str, places: dict[str, str]) -> str:
+    """A path of the pod as one of this machine."""
+    for pod_place, local_place in places.items():
+        if value == pod_place or value.startswith(pod_place + "/"):
+            return local_place + value.removeprefix(pod_place)
+    return value
+
+
+def shorten(corpus: Path) -> None:
+    """Keep the first rows: what is tested is the way, not the amount."""
+    lines = corpus.read_text().splitlines(keepends=True)
+    corpus.write_text("".join(lines[:DOCUMENTS]))
+
+
+def document_id(pod: Pod) -> str:
+    """The id of the corpus's first document."""
+    with Path(pod.env["KVLINK_CORPUS"]).open() as corpus:
+        return str(yaml.safe_load(corpus.readline())["id"])
+
+
+def running(pod: Pod, name: str) -> bool:
+    """Whether the application runs; fails at once when it never will."""
+    state = pod.api("GET", "/api/serve/applications/").json()["applications"].get(name, {})
+    assert state.get("status") not in ("DEPLOY_FAILED", "UNHEALTHY"), state.get("message")
+    return state.get("status") == "RUNNING"
+
+
+def succeeds(url: str) -> bool:
+    """Whether a health check answers as KubeRay's probes want it."""
+    try:
+        reply = httpx.get(url, timeout=5)
+    except httpx.TransportError:
+        return False
+    return reply.status_code == 200
+
+
+def wait_for(condition: Any, seconds: float, describe: Any) -> None:
+    """Poll until it holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"still not after {seconds} s: {describe()}"
+        time.sleep(0.3)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def kill(process: subprocess.Popen[Any]) -> None:
+    """End a process started here and everything below it; nothing else."""
+    if process.poll() is not None:
+        return
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    for child in family:
+        if child.is_running():
+            child.kill()
+    psutil.wait_procs(family, timeout=10)
