@@ -280,6 +280,7 @@ def engine_request(
             max_tokens=max_tokens,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
         ),
+        stream=bool(body.stream),
     )
 
 

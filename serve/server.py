@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from kvlink_core.engine import SamplingParams, TokenEvent
+from kvlink_core.engine import SamplingParams
 from kvlink_core.errors import KVLinkError
 from kvlink_core.session import Answer, AnswerRequest, Session
 from kvlink_core.types import Document, DocumentRef, Message
@@ -121,14 +121,19 @@ class EngineServer:
             started = await asyncio.wrap_future(answer)
             ttft_s = time.monotonic() - arrived
             self._metrics.first_token(started.linker, ttft_s)
-            tokens = iter(started)
+            tokens, held, sent = iter(started), "", False
             while True:
                 event = await asyncio.wrap_future(self._steps.submit(lambda: next(tokens, None)))
                 assert event is not None, "an answer ends with a finish reason"
+                held += event.text
                 if event.finish_reason is not None:
-                    yield self._last(request, started, event, ttft_s, time.monotonic() - arrived)
+                    report = self._report(request, started, ttft_s, time.monotonic() - arrived)
+                    yield Piece(held, event.finish_reason, report)
                     return
-                yield Piece(event.text)
+                if request.stream and (held or not sent):
+                    # The first event goes out even without text: with it the HTTP status is decided.
+                    yield Piece(held)
+                    held, sent = "", True
         except Exception as error:
             yield Failed(self._fault(request, error))
         finally:
@@ -159,7 +164,8 @@ class EngineServer:
             sampling=SamplingParams(**asdict(request.sampling)),
         )
 
-    def _last(self, request: EngineRequest, answer: Answer, event: TokenEvent, ttft_s: float, seconds: float) -> Piece:
+    def _report(self, request: EngineRequest, answer: Answer, ttft_s: float, seconds: float) -> Report:
+        """What the finished answer cost; counted and logged."""
         usage = answer.usage
         phases = asdict(answer.timings)
         report = Report(
@@ -184,7 +190,7 @@ class EngineServer:
             ttft_ms=round(ttft_s * 1000, 1),
             total_ms=round(seconds * 1000, 1),
         )
-        return Piece(event.text, event.finish_reason, report)
+        return report
 
     def _fault(self, request: EngineRequest, error: Exception) -> ApiError:
         fault = api_error(error)

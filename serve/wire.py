@@ -101,13 +101,14 @@ class WireSampling:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One validated request."""
+    """One validated request. Without ``stream`` the whole answer comes as one piece."""
 
     request_id: str
     messages: tuple[WireMessage, ...]
     documents: tuple[WireDocument, ...]
     linker: str | None
     sampling: WireSampling
+    stream: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from kvlink_core.errors import KVLinkError
+from serve.check import check_file
 from serve.config import ServiceConfig, StartupError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "serve" / "configs").glob("*.yaml"))
@@ -65,16 +67,33 @@ def test_local_paths_become_absolute_and_urls_stay(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
-def test_shipped_configurations_have_no_misspelled_key(path: Path) -> None:
-    """Serve ignores keys that it does not know, so its own are compared here with its schema."""
-    from ray.serve.schema import HTTPOptionsSchema, LoggingConfig, ServeApplicationSchema, ServeDeploySchema
+def test_shipped_configurations_are_sound(path: Path, tmp_path: Path) -> None:
+    check_file(edited(path, tmp_path, args={"check": False}))
 
-    content = yaml.safe_load(path.read_text("utf-8"))
-    assert set(content) <= set(ServeDeploySchema.model_fields)
-    assert set(content["http_options"]) <= set(HTTPOptionsSchema.model_fields)
-    assert set(content["logging_config"]) <= set(LoggingConfig.model_fields)
-    assert "host" in content["http_options"], "Serve's own default for a configuration file is 0.0.0.0"
-    for application in content["applications"]:
-        assert set(application) <= set(ServeApplicationSchema.model_fields)
-        assert application["import_path"] == "serve.app:build_app"
-        ServiceConfig.model_validate(application["args"])
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"http_option": {}}, "unknown key 'http_option' in the file"),
+        ({"http_options": {"host": "127.0.0.1", "prot": 1}}, "unknown key 'prot' in http_options"),
+        ({"http_options": {}}, "http_options.host is missing"),
+        ({"applications": [{"route": "/"}]}, "unknown key 'route' in an application"),
+        ({"args": {"stroe": "x"}}, "unknown setting 'stroe'"),
+        ({"args": {"linker": "glue"}}, "unknown linker 'glue'"),
+        ({"args": {"store": "/nonexistent/store"}}, "no KVLink store"),
+        ({"args": {"model": "/nonexistent/model"}}, "no model at"),
+    ],
+)
+def test_faults_of_a_configuration_file_are_found(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(KVLinkError) as caught:
+        check_file(edited(CONFIGS[-1], tmp_path, **changes))
+    assert said in str(caught.value)
+
+
+def edited(path: Path, tmp_path: Path, *, args: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """A copy of a configuration file with some keys, or some settings, replaced."""
+    content = yaml.safe_load(path.read_text("utf-8")) | changes
+    content["applications"][0].setdefault("args", {}).update(args or {})
+    copy = tmp_path / "serve.yaml"
+    copy.write_text(yaml.safe_dump(content), "utf-8")
+    return copy

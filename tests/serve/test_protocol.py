@@ -50,6 +50,7 @@ def test_everything_that_works_arrives() -> None:
         (WireDocument("a"), WireDocument(None, "It is in Oslo.", "Place")),
         "full",
         WireSampling(temperature=1.0, top_p=0.5, top_k=3, seed=-4, max_tokens=5, stop=("\n",)),
+        stream=False,
     )
 
 

@@ -31,9 +31,9 @@ from serve.wire import (
 CARD = ModelCard("m", 0, 100, "ab", ("full",), "full")
 
 
-def request(name: str, *, documents: tuple[WireDocument, ...] = ()) -> EngineRequest:
+def request(name: str, *, documents: tuple[WireDocument, ...] = (), stream: bool = True) -> EngineRequest:
     sampling = WireSampling(temperature=0.0, top_p=1.0, top_k=0, seed=None, max_tokens=4, stop=())
-    return EngineRequest(name, (WireMessage("user", name),), documents, None, sampling)
+    return EngineRequest(name, (WireMessage("user", name),), documents, None, sampling, stream)
 
 
 class ScriptedAnswer:
@@ -136,6 +136,13 @@ def test_an_answer_and_its_report() -> None:
         ("finished", "full"),
         ("running", 0),
     ]
+
+
+def test_without_streaming_the_answer_is_one_piece() -> None:
+    server, _ = serving(ScriptedSession())
+    (only,) = asyncio.run(collect(server, request("q", stream=False)))
+    assert isinstance(only, Piece)
+    assert (only.text, only.finish_reason) == ("q0 q1 q2 ", "stop")
 
 
 def test_concurrent_requests_take_turns_on_one_thread() -> None:

@@ -30,7 +30,7 @@ TEXTS = {
 }
 CHAT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "Who built the harbour?"}]
-MAX_RUNNING, MAX_WAITING = 8, 8
+MAX_RUNNING, MAX_WAITING = 8, 2
 
 
 @dataclass(frozen=True)
@@ -289,9 +289,9 @@ def test_concurrent_requests_get_their_own_answers(service: Service) -> None:
 
 
 def test_too_many_requests_get_503_and_are_told_to_come_back(service: Service) -> None:
-    count = MAX_RUNNING + 3 * MAX_WAITING
+    count = 3 * (MAX_RUNNING + MAX_WAITING)
     with ThreadPoolExecutor(count) as pool:
-        responses = list(pool.map(lambda _: service.ask({"id": "harbour"}, max_tokens=100), range(count)))
+        responses = list(pool.map(lambda _: service.ask({"id": "harbour"}, max_tokens=60), range(count)))
     refused = [r for r in responses if r.status_code != 200]
     assert refused
     assert len(refused) < count
@@ -318,3 +318,28 @@ def test_a_client_that_leaves_stops_its_request(service: Service) -> None:
         assert time.monotonic() - left < 20
         time.sleep(0.02)
     assert time.monotonic() - left < 0.5 * tokens * per_token
+
+
+def test_metrics_are_exported_with_the_field_s_names(service: Service) -> None:
+    import ray
+
+    assert service.ask({"id": "broken"}, {"id": "harbour"}).status_code == 200
+    port = ray.nodes()[0]["MetricsExportPort"]
+    expected = {
+        "ray_kvlink_corrupt_payloads_total": 1,
+        "ray_kvlink_lookup_requested_tokens_total": 1,
+        "ray_kvlink_lookup_hit_tokens_total": 1,
+        "ray_kvlink_recomputed_tokens_total": 1,
+        "ray_kvlink_time_to_first_token_seconds_count": 1,
+        "ray_kvlink_e2e_request_latency_seconds_count": 1,
+        "ray_kvlink_requests_running": 0,
+    }
+    deadline = time.monotonic() + 40  # Ray exports every 10 s
+    while True:
+        page = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
+        samples = [line for line in page.splitlines() if line.startswith("ray_kvlink_")]
+        values = {line.split("{")[0]: float(line.split()[-1]) for line in samples}
+        if all(values.get(name, -1) >= least for name, least in expected.items()):
+            return
+        assert time.monotonic() < deadline, values
+        time.sleep(1)

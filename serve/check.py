@@ -1,0 +1,65 @@
+"""``python -m serve.check FILE``: whether a Serve configuration file would start, in seconds and in one line.
+
+``serve run FILE`` builds the application inside the cluster: a fault shows up in its log, after three attempts, and
+the command keeps waiting. Serve also ignores keys of its own that are misspelled. Both are caught here.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray.serve.schema import HTTPOptionsSchema, LoggingConfig, ServeApplicationSchema, ServeDeploySchema
+
+from kvlink_core.errors import ConfigError, KVLinkError
+from serve.config import ServiceConfig
+from serve.loading import check
+
+IMPORT_PATH = "serve.app:build_app"
+
+
+def check_file(path: Path) -> None:
+    """Check a configuration file as far as it can be without a cluster.
+
+    Raises:
+        KVLinkError: naming the first fault.
+    """
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error}") from error
+    _known(content, ServeDeploySchema, "the file")
+    _known(content.get("http_options", {}), HTTPOptionsSchema, "http_options")
+    _known(content.get("logging_config", {}), LoggingConfig, "logging_config")
+    if "host" not in content.get("http_options", {}):
+        raise ConfigError("http_options.host is missing, and Serve would listen on 0.0.0.0; give 127.0.0.1.")
+    for application in content.get("applications", []):
+        _known(application, ServeApplicationSchema, "an application")
+        if application.get("import_path") == IMPORT_PATH:
+            check(ServiceConfig.model_validate(application.get("args", {})).absolute())
+
+
+def _known(content: Any, schema: Any, where: str) -> None:
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where} must be a mapping, not {type(content).__name__}.")
+    unknown = sorted(set(content) - set(schema.model_fields))
+    if unknown:
+        raise ConfigError(f"unknown key {unknown[0]!r} in {where}; Serve knows {', '.join(schema.model_fields)}.")
+
+
+def main() -> None:
+    """Exit with 0, or with 2 after one line on standard error."""
+    try:
+        if len(sys.argv) != 2:
+            raise ConfigError("usage: python -m serve.check FILE")
+        check_file(Path(sys.argv[1]))
+    except KVLinkError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print("ok")
+
+
+if __name__ == "__main__":
+    main()
