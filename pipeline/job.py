@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +30,9 @@ from pipeline.config import PrecomputeConfig
 from pipeline.plan import Plan, Planner
 from pipeline.reading import Columns
 from pipeline.sources import Corpus, find_files
-from pipeline.stages import EncoderSettings, ShardEncoder, key_rows, read_files, row_from_json, select_rows
+from pipeline.stages import EncoderSettings, ShardEncoder, key_rows, row_from_json
 from pipeline.summary import Failure, Summary
+from pipeline.tables import read_files, select_rows
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,6 @@ def run(config: PrecomputeConfig) -> Summary:
     try:
         return _run(config)
     except Exception as error:
-        if (cause := explain(error)) is not None:
-            raise cause from error
         if type(error).__name__ == "ExecutionTimeoutError":  # older Rays, which wait for ever, do not have it
             raise ConfigError(
                 f"nothing has moved for {config.no_progress_timeout_s:g} s. Does the cluster have {config.actors} "
@@ -154,6 +152,9 @@ def scan_corpus(config: PrecomputeConfig, corpus: Corpus, limit: int) -> Dataset
         batch_size=1,
         batch_format="pyarrow",
         fn_kwargs={"columns": columns, "options": config.input_options},
+        # Less than a CPU, because it waits for files; and other than the next step's, because Ray would else fuse
+        # the two, and one big file would be tokenized on one core.
+        num_cpus=0.5,
     )
     keyed = rows.repartition(target_num_rows_per_block=_KEY_ROWS).map_batches(
         key_rows, batch_size=None, batch_format="pyarrow", fn_kwargs={"model": config.model, "limit": limit}
@@ -228,9 +229,18 @@ class Committer:
         summary.shared += len(plan.aliases)
 
     def take(self, table: pa.Table) -> None:
-        """Take the results of one block."""
+        """Take the results of one block.
+
+        Raises:
+            KVLinkError: what an actor says must stop the job; its ``code`` says what kind it is.
+        """
         summary = self._summary
+        stop: KVLinkError | None = None
         for result in table.to_pylist():
+            if result["fatal"]:
+                stop = KVLinkError(result["reason"])
+                stop.code = result["code"]
+                continue
             self._span = (min(self._span[0], result["began"]), max(self._span[1], result["ended"]))
             followers = self._plan.followers.get(result["token_digest"], [])
             piece = self._plan.encode[result["token_digest"]]
@@ -246,6 +256,8 @@ class Committer:
             summary.shared += len(followers)
             summary.payload_bytes += row.nbytes
         summary.encode_s = max(0.0, self._span[1] - self._span[0])
+        if stop is not None:
+            raise stop
         if time.monotonic() - self._last_commit >= self._interval_s:
             self.commit()
 
@@ -257,19 +269,3 @@ class Committer:
             self._summary.shards = len(self._shards)
             self._pending = []
         self._last_commit = time.monotonic()
-
-
-def explain(error: Exception) -> KVLinkError | None:
-    """The error on purpose behind one that Ray raised, if there is one."""
-    seen: list[BaseException] = []
-    queue: list[Any] = [error]
-    while queue:
-        each = queue.pop()
-        if isinstance(each, KVLinkError):
-            return each
-        if isinstance(each, BaseException) and each not in seen:
-            seen.append(each)
-            queue += [each.__cause__, each.__context__]
-            if isinstance(each, ray.exceptions.RayTaskError):
-                queue.append(each.cause)
-    return None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
-from kvlink_core.errors import CorpusError, DuplicateDocumentError
+from kvlink_core.errors import CorpusError, DuplicateDocumentError, KVLinkError
 from pipeline.summary import Failure, Summary
 
 T = TypeVar("T")
@@ -77,8 +77,14 @@ class Planner:
         self._titled = 0
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Take rows of the scan (``stages.SCAN_SCHEMA`` without its tokens), in any order."""
+        """Take rows of the scan (``tables.SCAN_SCHEMA`` without its tokens), in any order.
+
+        Raises:
+            KVLinkError: what a task says must stop the job.
+        """
         for row in rows:
+            if row["outcome"] == "fatal":
+                raise KVLinkError(row["reason"])
             if row["outcome"] == "bad-file":
                 self._summary.files_skipped.append(Failure(row["place"], None, row["code"], row["reason"]))
                 continue

@@ -1,8 +1,7 @@
-"""The work between the shuffles: what Ray's tasks and actors call. Nothing here imports Ray.
+"""The steps that need the model: what Ray's tasks and actors call. Nothing here imports Ray.
 
-Three steps, each a function of one Arrow table: ``read_files`` (files to rows), ``key_rows`` (rows to chunks with
-tokens and their digest) and ``ShardEncoder`` (chunks to one stored shard and small catalog rows). A bad document never
-raises: it becomes a row that says why.
+Each is a function of one Arrow table: ``key_rows`` (rows to chunks with tokens and their digest) and ``ShardEncoder``
+(chunks to one stored shard and small catalog rows). A bad document never raises: it becomes a row that says why.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,100 +21,19 @@ import torch
 
 from kvlink_core.chunking import chunk_document
 from kvlink_core.encode import DocumentEncoder
-from kvlink_core.errors import ConfigError, CorpusError, KVLinkError
+from kvlink_core.errors import ConfigError, InputError, KVLinkError
 from kvlink_core.fingerprint import token_digest
 from kvlink_core.models import load_model
 from kvlink_core.models.describe import load_layout
 from kvlink_core.prompt import PromptLayout
 from kvlink_core.store import CatalogRow, DocumentStore
+from kvlink_core.store.manifest import check_document_id
 from kvlink_core.store.rows import from_micros, to_micros
 from kvlink_core.types import Document, DocumentCache
-from pipeline.reading import BadRow, Columns, Row, read_file
-from pipeline.sources import SourceFile
+from pipeline.reading import BadRow
+from pipeline.tables import RESULT_SCHEMA, SCAN_SCHEMA, bad_row
 
 logger = logging.getLogger(__name__)
-
-#: Rows as read. ``outcome`` is ``ok``, ``bad-row`` or ``bad-file``.
-READ_SCHEMA = pa.schema(
-    [
-        ("outcome", pa.string()),
-        ("place", pa.string()),
-        ("document_id", pa.string()),
-        ("text", pa.large_string()),
-        ("title", pa.string()),
-        ("code", pa.string()),
-        ("reason", pa.string()),
-    ]
-)
-
-#: Chunks with their tokens (little-endian uint32). ``ticket`` names the row; ``part`` numbers a document's rows.
-SCAN_SCHEMA = pa.schema(
-    [
-        ("outcome", pa.string()),
-        ("place", pa.string()),
-        ("document_id", pa.string()),
-        ("chunk_id", pa.string()),
-        ("part", pa.int32()),
-        ("titled", pa.bool_()),
-        ("text_digest", pa.binary()),
-        ("token_digest", pa.string()),
-        ("tokens", pa.int64()),
-        ("ticket", pa.binary()),
-        ("code", pa.string()),
-        ("reason", pa.string()),
-        ("token_ids", pa.large_binary()),
-    ]
-)
-
-#: What an actor says of each chunk. ``catalog`` is the row to commit, as JSON; empty where ``code`` says what failed.
-#: ``began`` and ``ended`` (seconds since the epoch) are those of its block.
-RESULT_SCHEMA = pa.schema(
-    [
-        ("chunk_id", pa.string()),
-        ("token_digest", pa.string()),
-        ("tokens", pa.int64()),
-        ("catalog", pa.string()),
-        ("code", pa.string()),
-        ("reason", pa.string()),
-        ("began", pa.float64()),
-        ("ended", pa.float64()),
-    ]
-)
-
-
-def read_files(
-    table: pa.Table, *, columns: Columns, options: Mapping[str, Any], rows_per_block: int = 256
-) -> Iterator[pa.Table]:
-    """Read the files whose ``SourceFile`` fields are the rows of ``table``, as tables of ``READ_SCHEMA``."""
-    for fields in table.to_pylist():
-        file = SourceFile(**fields)
-        rows = _read_rows(file, columns, options)
-        while block := list(islice(rows, rows_per_block)):
-            yield pa.Table.from_pylist(block, schema=READ_SCHEMA)
-    yield READ_SCHEMA.empty_table()  # Ray needs a schema of a file without rows, too
-
-
-def _read_rows(file: SourceFile, columns: Columns, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    try:
-        for row in read_file(file, columns, options):
-            if isinstance(row, Row):
-                yield {
-                    "outcome": "ok",
-                    "place": row.place,
-                    "document_id": row.id,
-                    "text": row.text,
-                    "title": row.title,
-                }
-            else:
-                yield _bad("bad-row", row)
-    except CorpusError as error:
-        yield _bad("bad-file", BadRow(file.url, None, error.code, str(error)))
-
-
-def _bad(outcome: str, row: BadRow) -> dict[str, Any]:
-    # What a bad row says of itself may quote its own broken Unicode.
-    reason = row.reason[:500].encode("utf-8", "replace").decode()
-    return {"outcome": outcome, "place": row.place, "document_id": row.id, "code": row.code, "reason": reason}
 
 
 @lru_cache(maxsize=1)
@@ -127,8 +44,12 @@ def _layout(model: str) -> PromptLayout:
 
 def key_rows(table: pa.Table, *, model: str, limit: int) -> pa.Table:
     """Chunk, tokenize and key rows of ``READ_SCHEMA``; gives ``SCAN_SCHEMA``, good and bad rows alike."""
-    layout = _layout(model)
     keyed: list[dict[str, Any]] = []
+    try:
+        layout = _layout(model)
+    except KVLinkError as error:  # it is on the driver, so this node lacks it
+        fatal = {**bad_row("fatal", BadRow("", None, error.code, str(error))), "part": 0}
+        return pa.Table.from_pylist([fatal], schema=SCAN_SCHEMA)
     for row in table.to_pylist():
         if row["outcome"] != "ok":
             del row["text"], row["title"]
@@ -138,11 +59,11 @@ def key_rows(table: pa.Table, *, model: str, limit: int) -> pa.Table:
         try:
             keyed.extend({**each, "place": row["place"]} for each in _key(document, row["place"], layout, limit))
         except KVLinkError as error:
-            bad = _bad("bad-row", BadRow(row["place"], document.id, error.code, str(error)))
+            bad = bad_row("bad-row", BadRow(row["place"], document.id, error.code, str(error)))
             keyed.append({**bad, "part": 0})
         except Exception as error:  # one bad document never aborts the job: a tokenizer may choke on anything
             logger.exception("cannot tokenize the document at %s", row["place"])
-            bad = _bad("bad-row", BadRow(row["place"], document.id, "tokenize_error", repr(error)))
+            bad = bad_row("bad-row", BadRow(row["place"], document.id, "tokenize_error", repr(error)))
             keyed.append({**bad, "part": 0})
     return pa.Table.from_pylist(keyed, schema=SCAN_SCHEMA)
 
@@ -155,6 +76,7 @@ def _key(document: Document, place: str, layout: PromptLayout, limit: int) -> li
     text_digest = hashlib.sha256(f"{document.title or ''}\0{document.text}".encode()).digest()
     keyed = []
     for chunk in chunks:
+        check_document_id(chunk.id)
         token_ids = np.asarray(tokenize(chunk.text), dtype="<u4").tobytes()
         keyed.append(
             {
@@ -171,14 +93,6 @@ def _key(document: Document, place: str, layout: PromptLayout, limit: int) -> li
             }
         )
     return keyed
-
-
-def select_rows(table: pa.Table, *, tickets: np.ndarray[Any, Any]) -> pa.Table:
-    """The rows whose ticket is among ``tickets`` (sorted, 16 bytes each), without the columns no longer needed."""
-    kept = table.filter(pa.compute.equal(table["outcome"], "ok"))
-    mine = np.array(kept["ticket"].to_pylist(), dtype="S16")
-    at = np.minimum(np.searchsorted(tickets, mine), len(tickets) - 1)
-    return kept.filter(pa.array(tickets[at] == mine)).select(["chunk_id", "token_digest", "tokens", "token_ids"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,14 +115,21 @@ class EncoderSettings:
 class ShardEncoder:
     """Holds the model; makes one stored shard of each table of chunks (twice ``shard_tokens`` at most).
 
-    Raises:
-        ConfigError: the model that is here is not the one that the job was planned with.
-        KVLinkError: the model cannot be loaded, or the store not be opened or written.
+    Never raises a ``KVLinkError``: one that stops the job (the model cannot be loaded here or is another one, the
+    store cannot be written) comes back as ``fatal`` rows.
     """
 
     def __init__(self, settings: EncoderSettings) -> None:
+        self._settings = settings
+        self._broken: KVLinkError | None = None
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
+        try:
+            self._open(settings)
+        except KVLinkError as error:
+            self._broken = error
+
+    def _open(self, settings: EncoderSettings) -> None:
         model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
         if model.fingerprint.digest != settings.fingerprint:
             raise ConfigError(
@@ -223,16 +144,26 @@ class ShardEncoder:
             codec=settings.codec,
             storage_options=dict(settings.storage_options) or None,
         )
-        self._shard_tokens = settings.shard_tokens
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Encode and store chunks; returns ``RESULT_SCHEMA``, which holds no keys or values."""
-        began, results = time.time(), []
-        for rows in cut_shards(table.to_pylist(), 2 * self._shard_tokens):
-            results += encode_shard(self._encoder, self._store, rows)
+        began = time.time()
+        rows, results = table.to_pylist(), []
+        try:
+            if self._broken is not None:
+                raise self._broken
+            for shard in cut_shards(rows, 2 * self._settings.shard_tokens):
+                results += encode_shard(self._encoder, self._store, shard)
+        except KVLinkError as error:
+            failed = {"code": error.code, "reason": str(error), "fatal": True}
+            results += [{**_identity(row), **failed} for row in rows[len(results) :]]
         for result in results:
             result |= {"began": began, "ended": time.time()}
         return pa.Table.from_pylist(results, schema=RESULT_SCHEMA)
+
+
+def _identity(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ("chunk_id", "token_digest", "tokens")}
 
 
 def cut_shards(rows: Sequence[dict[str, Any]], most_tokens: int) -> Iterator[list[dict[str, Any]]]:
@@ -260,17 +191,28 @@ def encode_shard(
     token_ids = [np.frombuffer(row["token_ids"], dtype="<u4").tolist() for row in rows]
     caches = _encode(encoder, token_ids)
     good = [(row["chunk_id"], c) for row, c in zip(rows, caches, strict=True) if isinstance(c, DocumentCache)]
-    written = iter(store.write_shard(good) if good else [])
+    written = iter(_write(store, good))
     results = []
     for row, cache in zip(rows, caches, strict=True):
-        result = {key: row[key] for key in ("chunk_id", "token_digest", "tokens")}
-        if isinstance(cache, DocumentCache):
-            result["catalog"] = row_to_json(next(written))
+        result = _identity(row)
+        outcome = next(written) if isinstance(cache, DocumentCache) else cache
+        if isinstance(outcome, CatalogRow):
+            result["catalog"] = row_to_json(outcome)
         else:
-            code = cache.code if isinstance(cache, KVLinkError) else "encode_error"
-            result |= {"code": code, "reason": " ".join(str(cache).split())[:500] or repr(cache)}
+            code = outcome.code if isinstance(outcome, KVLinkError) else "encode_error"
+            result |= {"code": code, "reason": " ".join(str(outcome).split())[:500] or repr(outcome)}
         results.append(result)
     return results
+
+
+def _write(store: DocumentStore, entries: Sequence[tuple[str, DocumentCache]]) -> list[CatalogRow | Exception]:
+    """All in one shard; where one of them is refused (too large, say), each in a shard of its own."""
+    try:
+        return list(store.write_shard(entries))
+    except InputError as error:
+        if len(entries) == 1:
+            return [error]
+    return [outcome for entry in entries for outcome in _write(store, [entry])]
 
 
 def row_to_json(row: CatalogRow) -> str:

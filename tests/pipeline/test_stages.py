@@ -14,26 +14,15 @@ import pytest
 import torch
 
 from kvlink_core.encode import DocumentEncoder
-from kvlink_core.errors import ConfigError, EmptyDocumentError
+from kvlink_core.errors import CorpusError, EmptyDocumentError
 from kvlink_core.models import LoadedModel
 from kvlink_core.models.describe import describe_model
-from kvlink_core.store import DocumentStore
+from kvlink_core.store import CatalogRow, DocumentStore
 from kvlink_core.types import Document, DocumentCache
 from pipeline.reading import Columns
 from pipeline.sources import find_files
-from pipeline.stages import (
-    READ_SCHEMA,
-    RESULT_SCHEMA,
-    SCAN_SCHEMA,
-    EncoderSettings,
-    ShardEncoder,
-    cut_shards,
-    encode_shard,
-    key_rows,
-    read_files,
-    row_from_json,
-    select_rows,
-)
+from pipeline.stages import EncoderSettings, ShardEncoder, cut_shards, encode_shard, key_rows, row_from_json
+from pipeline.tables import READ_SCHEMA, RESULT_SCHEMA, SCAN_SCHEMA, read_files, select_rows
 
 
 def scan(tmp_path: Path, model_dir: Path, rows: Sequence[Any], *, limit: int = 64) -> list[dict[str, Any]]:
@@ -72,12 +61,18 @@ def test_bad_rows_and_documents_travel_as_rows_with_reasons(tmp_path: Path, tiny
     rows = scan(
         tmp_path,
         tiny_model_dir,
-        [{"id": "a"}, {"id": "b", "text": "Fine. But long", "title": "t" * 99}, {"id": "c", "text": "Good."}],
+        [
+            {"id": "a"},
+            {"id": "b", "text": "Fine. But long", "title": "t" * 99},
+            {"id": "c", "text": "Good."},
+            {"id": "d" * 5000, "text": "Good."},
+        ],
     )
     assert [(r["document_id"], r["outcome"], r["code"]) for r in rows] == [
         ("a", "bad-row", "no_text"),
         ("b", "bad-row", "invalid_corpus"),
         ("c", "ok", None),
+        ("d" * 5000, "bad-row", "invalid_corpus"),
     ]
     assert "no room for text" in rows[1]["reason"]
 
@@ -145,9 +140,29 @@ def test_an_actor_stores_what_the_core_computes_and_returns_small_rows(
         torch.testing.assert_close(stored.values, mine.values, rtol=1e-5, atol=1e-5)
 
 
-def test_an_actor_with_another_model_refuses(settings: EncoderSettings) -> None:
-    with pytest.raises(ConfigError, match=r"fingerprint differs. Give all nodes the same files"):
-        ShardEncoder(replace(settings, fingerprint="0" * 64))
+@pytest.mark.parametrize(
+    ("change", "code", "says"),
+    [
+        ({"fingerprint": "0" * 64}, "invalid_config", "fingerprint differs. Give all nodes the same files"),
+        ({"model": "/nowhere"}, "model_not_found", "no model at '/nowhere'"),
+        ({"store": "/nowhere"}, "store_not_found", "/nowhere"),
+    ],
+)
+def test_an_actor_that_cannot_start_says_so_in_rows(
+    settings: EncoderSettings, change: dict[str, Any], code: str, says: str
+) -> None:
+    rows = [{"chunk_id": c, "tokens": 1, "token_ids": b"\1\0\0\0", "token_digest": c} for c in "ab"]
+    results = ShardEncoder(replace(settings, **change))(pa.Table.from_pylist(rows)).to_pylist()
+    assert [(r["chunk_id"], r["fatal"], r["code"], r["catalog"]) for r in results] == [
+        ("a", True, code, None),
+        ("b", True, code, None),
+    ]
+    assert says in results[0]["reason"]
+
+
+def test_a_node_without_the_model_says_so(tmp_path: Path) -> None:
+    (row,) = scan(tmp_path, Path("/nowhere"), [{"text": "A."}, {"text": "B."}])
+    assert (row["outcome"], row["code"]) == ("fatal", "model_not_found")
 
 
 class PickyEncoder:
@@ -187,3 +202,24 @@ def test_when_nothing_works_any_more_the_job_stops(tiny_model: LoadedModel, sett
     rows = [{"chunk_id": c, "tokens": 1, "token_ids": b"\x63\0\0\0", "token_digest": c} for c in "ab"]
     with pytest.raises(RuntimeError, match="out of"):
         encode_shard(PickyEncoder(DocumentEncoder(tiny_model), {99}), store, rows)  # type: ignore[arg-type]
+
+
+def test_a_document_that_the_store_refuses_fails_alone(
+    tiny_model: LoadedModel, settings: EncoderSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DocumentStore.open(settings.store, fingerprint=tiny_model.fingerprint)
+    write_shard = store.write_shard
+
+    def refuse(entries: Sequence[tuple[str, DocumentCache]]) -> list[CatalogRow]:
+        if any(document_id == "b" for document_id, _ in entries):
+            raise CorpusError("too large")
+        return write_shard(entries)
+
+    monkeypatch.setattr(store, "write_shard", refuse)
+    rows = [
+        {"chunk_id": c, "tokens": 1, "token_ids": np.array([i], "<u4").tobytes(), "token_digest": c}
+        for i, c in enumerate("abc")
+    ]
+    results = encode_shard(DocumentEncoder(tiny_model), store, rows)
+    assert [r.get("reason") for r in results] == [None, "too large", None]
+    assert [row_from_json(r["catalog"]).document_id for r in results if "catalog" in r] == ["a", "c"]
