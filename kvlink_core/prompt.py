@@ -163,6 +163,7 @@ class PromptLayout:
         self.mem_end = mem_end
         self.link_tokens = link_tokens
         self._chat = tokenizer
+        self.end_id: int | None = tokenizer.eos_token_id
         self._chat_template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
         # Two tokenizers of our own: one that reads control tokens as plain text, one that knows them. Setting the
         # switch on a shared one around each call would be a race between threads.

@@ -78,13 +78,12 @@ class Answer:
 
     def __iter__(self) -> Iterator[TokenEvent]:
         """The events of the answer, one per token."""
-        if self._generation is None:
-            return
-        for event in self._generation:
+        generation = self._generation
+        for event in generation or ():
+            if self._generation is not generation:
+                return  # closed by the consumer between two tokens
             self._completed += len(event.token_ids)
             yield event
-            if self._generation is None:  # closed by the consumer between two tokens
-                return
         self.close()
 
     def close(self) -> None:

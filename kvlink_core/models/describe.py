@@ -2,38 +2,56 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig
 
 from kvlink_core.errors import ConfigError, ModelError, ModelNotFoundError
 from kvlink_core.fingerprint import Fingerprint
-from kvlink_core.models import loader
+from kvlink_core.models.layout_file import LayoutFile, read_layout, read_layout_file, tokenizer_digest
 from kvlink_core.models.shapes import named_shape
 from kvlink_core.models.spec import ModelSpec, spec_from_config
 from kvlink_core.prompt import PromptLayout
 
-_RANDOM = "random:"
+EMBEDDED = "embedded"
+EMBEDDED_DIRECTORY = Path(__file__).parent.parent / "embedded"
+RANDOM = "random:"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """The parts of a ``LoadedModel`` that need no weights, and equal to its own.
+    """The parts of a ``LoadedModel`` that need no weights.
 
     Attributes:
+        name: public model id.
+        directory: where its files are; random weights borrow the embedded model's tokenizer and layout.
+        config: Hugging Face's configuration.
         spec: shape and attention.
         layout: lays prompts out, tokenizes documents.
         fingerprint: what caches made with this model depend on.
         dtype: dtype of weights and caches.
+        default_linker: the linker that suits the model.
     """
 
+    name: str
+    directory: Path
+    config: Any
     spec: ModelSpec
     layout: PromptLayout
     fingerprint: Fingerprint
     dtype: torch.dtype
+    default_linker: str
+
+    @property
+    def random(self) -> bool:
+        """Whether the weights are random rather than read."""
+        return self.fingerprint.weights.startswith(RANDOM)
 
     @property
     def context_length(self) -> int:
@@ -48,52 +66,44 @@ class ModelDescription:
 
 
 def describe_model(source: str, *, device: str = "cpu", dtype: str | None = None) -> ModelDescription:
-    """Describe what ``load_model`` would load with the same arguments; the device need not exist here.
+    """Describe what ``load_model`` loads with the same arguments; the device need not exist here.
 
     Reads the weights once, as bytes, for their digest.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError, ConfigError, ModelError: as ``load_model``.
     """
-    if dtype is not None and dtype not in loader.DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}; use one of {', '.join(loader.DTYPES)}.", param="dtype")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}.", param="dtype")
     directory = _directory(source)
-    if source.startswith(_RANDOM):
-        config, weights = named_shape(source.removeprefix(_RANDOM)).config, "random:0"
-        chosen = loader.DTYPES[dtype or "float32"]
+    if source.startswith(RANDOM):
+        config, weights = named_shape(source.removeprefix(RANDOM)).config, f"{RANDOM}0"
+        chosen = DTYPES[dtype or "float32"]
+        file = read_layout_file(directory).model_copy(update={"name": source, "default_linker": None})
     else:
-        for pattern in ("config.json", "*.safetensors"):
-            if not any(directory.glob(pattern)):
-                raise ModelNotFoundError(
-                    f"no model at {str(directory)!r}: it has no {pattern}. "
-                    "Give a Hugging Face directory, or 'embedded'.",
-                    param="model",
-                )
-        try:
-            config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:  # what transformers raises for damaged files
-            reason = str(error).splitlines()[0]
-            raise ModelError(f"cannot load the model at {str(directory)!r}: {reason}") from error
-        weights = loader.weights_digest(directory)
-        if dtype is not None:
-            chosen = loader.DTYPES[dtype]
-        elif device == "cpu":
-            chosen = torch.float32
-        elif isinstance(config.dtype, torch.dtype):
-            chosen = config.dtype
-        else:
-            raise ConfigError(f"the model at {str(directory)!r} does not say its dtype; give one.", param="dtype")
+        config = _config(directory)
+        chosen = DTYPES[dtype] if dtype else _default_dtype(config, device, directory)
+        file = read_layout_file(directory)
+        weights = ""
     spec = spec_from_config(config)
-    layout, _, tokenizer_hash = loader._layout(directory, loader._layout_file(directory))
-    fingerprint = Fingerprint(
-        model=f"{spec.model_type}-{spec.layers}x{config.hidden_size}",
-        weights=weights,
-        tokenizer=tokenizer_hash,
-        rope=json.dumps(config.rope_parameters, sort_keys=True),
-        dtype=str(chosen).removeprefix("torch."),
-        template=layout.template.to_json(),
+    layout = read_layout(directory, file)
+    return ModelDescription(
+        name=file.name or directory.resolve().name,
+        directory=directory,
+        config=config,
+        spec=spec,
+        layout=layout,
+        fingerprint=Fingerprint(
+            model=f"{spec.model_type}-{spec.layers}x{config.hidden_size}",
+            weights=weights or weights_digest(directory),
+            tokenizer=tokenizer_digest(directory),
+            rope=json.dumps(config.rope_parameters, sort_keys=True),
+            dtype=str(chosen).removeprefix("torch."),
+            template=layout.template.to_json(),
+        ),
+        dtype=chosen,
+        default_linker=file.linker,
     )
-    return ModelDescription(spec, layout, fingerprint, chosen)
 
 
 def load_layout(source: str) -> PromptLayout:
@@ -103,10 +113,45 @@ def load_layout(source: str) -> PromptLayout:
         ModelNotFoundError, ConfigError, ModelError: as ``load_model``.
     """
     directory = _directory(source)
-    layout, _, _ = loader._layout(directory, loader._layout_file(directory))
-    return layout
+    file: LayoutFile = read_layout_file(directory)
+    return read_layout(directory, file)
+
+
+def weights_digest(directory: Path) -> str:
+    """SHA-256 over all safetensors files of a directory, in name order, streamed."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _directory(source: str) -> Path:
-    """Where the tokenizer and layout of a model are; random weights borrow those of the embedded model."""
-    return loader.EMBEDDED_DIRECTORY if source == loader.EMBEDDED or source.startswith(_RANDOM) else Path(source)
+    return EMBEDDED_DIRECTORY if source == EMBEDDED or source.startswith(RANDOM) else Path(source)
+
+
+def _config(directory: Path) -> Any:
+    if not (directory / "config.json").is_file():
+        raise ModelNotFoundError(
+            f"no model at {str(directory)!r}: it has no config.json. Give a Hugging Face directory, or 'embedded'.",
+            param="model",
+        )
+    if not any(directory.glob("*.safetensors")):
+        raise ModelNotFoundError(
+            f"{str(directory)!r} has no .safetensors file; convert its weights (pickled weights are not read).",
+            param="model",
+        )
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:  # what damaged files give
+        raise ModelError(f"cannot load the model at {str(directory)!r}: {str(error).splitlines()[0]}") from error
+
+
+def _default_dtype(config: Any, device: str, directory: Path) -> torch.dtype:
+    """float32 on CPU, where it is fastest and exact; elsewhere what the checkpoint was saved in."""
+    if device == "cpu":
+        return torch.float32
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    raise ConfigError(f"the model at {str(directory)!r} does not say its dtype; give one.", param="dtype")

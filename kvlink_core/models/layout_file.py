@@ -1,0 +1,89 @@
+"""``kvlink.json``: how a model's prompts are laid out, beside its ``config.json``."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import AutoTokenizer
+
+from kvlink_core.errors import ConfigError, ModelError, ModelNotFoundError
+from kvlink_core.prompt import DocumentTemplate, LinkTokens, PromptLayout
+
+
+class _LinkTokensEntry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    k: int
+    ids: tuple[int, ...]
+    per_place: bool = False
+
+
+class LayoutFile(BaseModel):
+    """The file's keys; unknown ones are refused. All may be left out: then documents stand, as plain text, at the
+    start of the last user turn, and there are no link tokens.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal[1] = 1
+    name: str | None = None
+    documents_in: Literal["system", "user"] = "user"
+    document_template: str = DocumentTemplate().untitled
+    titled_document_template: str = DocumentTemplate().titled
+    mem_start: tuple[int, ...] = ()
+    mem_end: tuple[int, ...] = ()
+    link_tokens: _LinkTokensEntry | None = None
+    default_linker: str | None = None
+
+    @property
+    def linker(self) -> str:
+        """The linker that suits the model: the one it names, else the one it was trained for."""
+        return self.default_linker or ("link-tokens" if self.link_tokens else "reposition")
+
+
+def read_layout_file(directory: Path) -> LayoutFile:
+    """Read ``kvlink.json``; all defaults where there is none.
+
+    Raises:
+        ConfigError: not JSON, or keys and values that are not those of ``LayoutFile``.
+    """
+    path = directory / "kvlink.json"
+    if not path.is_file():
+        return LayoutFile()
+    try:
+        return LayoutFile.model_validate_json(path.read_text("utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        reason = str(error).replace("\n", "; ")
+        raise ConfigError(f"{str(path)!r} is not a valid kvlink.json: {reason}") from error
+
+
+def read_layout(directory: Path, file: LayoutFile) -> PromptLayout:
+    """The tokenizer of a directory and the layout that ``file`` describes.
+
+    Raises:
+        ModelNotFoundError: there is no fast tokenizer.
+        ModelError: the tokenizer cannot be loaded.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ModelNotFoundError(f"{str(directory)!r} has no tokenizer.json; KVLink needs a fast tokenizer.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:  # what damaged files give
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"cannot load the tokenizer of {str(directory)!r}: {reason}") from error
+    links = file.link_tokens
+    return PromptLayout(
+        tokenizer,
+        documents_in=file.documents_in,
+        template=DocumentTemplate(file.document_template, file.titled_document_template),
+        mem_start=file.mem_start,
+        mem_end=file.mem_end,
+        link_tokens=LinkTokens(links.ids, links.k, links.per_place) if links else None,
+    )
+
+
+def tokenizer_digest(directory: Path) -> str:
+    """SHA-256 of the tokenizer's definition."""
+    return hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest()

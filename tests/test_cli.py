@@ -1,0 +1,113 @@
+"""The ``kvlink`` command: what it prints, and that bad input is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kvlink_core.cli import main
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Kvlink = Callable[..., Done]
+
+
+@pytest.fixture
+def kvlink(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kvlink:
+    """The command in this process: starting another imports torch anew, seconds each time."""
+
+    def run(*arguments: str) -> Done:
+        monkeypatch.setattr("sys.argv", ["kvlink", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out = capsys.readouterr()
+        return Done(code, out.out, out.err)
+
+    return run
+
+
+def test_the_installed_command_fails_with_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "kvlink_core.cli", "ask", "Where?", "--model", "/nowhere"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("kvlink: no model at")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_names_every_command(kvlink: Kvlink) -> None:
+    done = kvlink("--help")
+    assert done.returncode == 0
+    for command in ("ask", "bench", "eval", "sample"):
+        assert command in done.stdout
+
+
+def test_ask(kvlink: Kvlink, tiny_model_dir: Path) -> None:
+    done = kvlink("ask", "Where?", "-d", "Maria.", "--model", str(tiny_model_dir), "--max-tokens", "3")
+    assert done.returncode == 0, done.stderr
+    assert "link-tokens: " in done.stderr
+    assert "0 cached" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ask", "", "--model", "MODEL"], "no text"),
+        (["ask", "Where?", "--model", "/nowhere"], "no model at"),
+        (["ask", "Where?", "--model", "MODEL", "--linker", "glue"], "unknown linker 'glue'"),
+        (["ask", "Where?", "--model", "MODEL", "-d", " "], "no text"),
+        (["ask", "Where?", "--model", "MODEL", "--id", "a"], "--store"),
+        (["ask", "Where?", "--model", "MODEL", "--store", "/nowhere"], "/nowhere"),
+        (["ask", "Where?", "--model", "MODEL", "--max-tokens", "0"], "max_tokens"),
+        (["ask", "Where?", "--model", "MODEL", "--device", "cuda:77"], "cuda:77"),
+        (["bench", "ttft", "--model", "random:llama-9z"], "unknown shape"),
+        (["eval", "worlds", "--model", "MODEL", "--condition", "link-tokens:x"], "whole number"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    kvlink: Kvlink, arguments: list[str], said: str, tiny_model_dir: Path
+) -> None:
+    done = kvlink(*(str(tiny_model_dir) if a == "MODEL" else a for a in arguments))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_bench_measures_every_candidate_and_writes_json(kvlink: Kvlink, tiny_model_dir: Path, tmp_path: Path) -> None:
+    done = kvlink(
+        "bench", "ttft", "--model", str(tiny_model_dir), "--documents", "3", "--document-tokens", "20",
+        "--repeats", "2", "--links", "3", "--json", str(tmp_path / "out.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "out.json").read_text())
+    computed = {row["name"]: row["computed_tokens"] for row in figures["rows"]}
+    assert computed == {
+        "full": 92, "reposition": 32, "link-tokens": 41, "floor": 41,
+        "reposition, from disk": 32, "link-tokens, from disk": 41,
+    }  # fmt: skip
+    assert all(len(row["seconds"]) == 2 for row in figures["rows"])
+
+
+def test_sample_is_the_committed_one(kvlink: Kvlink, tmp_path: Path) -> None:
+    """``examples/`` can be made again: its worlds depend on nothing but their seeds."""
+    assert kvlink("sample", str(tmp_path), "--worlds", "12", "--questions", "1").returncode == 0
+    examples = Path(__file__).parent.parent / "examples"
+    for name in ("corpus.jsonl", "questions.jsonl"):
+        assert (tmp_path / name).read_text() == (examples / name).read_text()
