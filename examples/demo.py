@@ -73,16 +73,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def service() -> Iterator[httpx.Client]:
-    """``serve run`` with the sample store, until the block ends."""
-    port, log = free_port(), RUN / "serve.log"
+def service(store: Path, directory: Path) -> Iterator[httpx.Client]:
+    """``serve run`` with a store, until the block ends; its configuration and log are in ``directory``."""
+    port, log = free_port(), directory / "serve.log"
     config = yaml.safe_load((ROOT / "serve/configs/local.yaml").read_text())
     config["http_options"]["port"] = port
-    config["applications"][0]["args"] |= {"model": "embedded", "store": str(STORE)}
-    (RUN / "serve.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    config["applications"][0]["args"] |= {"model": "embedded", "store": str(store)}
+    (directory / "serve.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ray.serve.scripts", "run", str(RUN / "serve.yaml")],
+            [sys.executable, "-m", "ray.serve.scripts", "run", str(directory / "serve.yaml")],
             cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
@@ -113,7 +113,7 @@ def wait_until_healthy(client: httpx.Client, process: subprocess.Popen[bytes], l
     raise DemoError(f"the service was not healthy after 120 s; see {log.relative_to(ROOT)}.")
 
 
-def ask(client: httpx.Client, question: dict[str, Any], linker: str) -> tuple[str, float, int]:
+def ask(client: httpx.Client, question: dict[str, Any], linker: str, max_tokens: int = 48) -> tuple[str, float, int]:
     """Stream one answer: (text, milliseconds to its first text, cached tokens)."""
     body = {
         "model": "kvlink-embedded",
@@ -121,7 +121,7 @@ def ask(client: httpx.Client, question: dict[str, Any], linker: str) -> tuple[st
         "documents": [{"id": i} for i in question["documents"]],
         "linker": linker,
         "temperature": 0,
-        "max_tokens": 48,
+        "max_tokens": max_tokens,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
@@ -216,7 +216,7 @@ def main() -> int:
             "--store", str(STORE), "--model", "embedded", "--summary-json", str(RUN / "precompute.json"),
         ])  # fmt: skip
         step("2. Serve them (Ray Serve), ask over HTTP with and without reuse")
-        with service() as client:
+        with service(STORE, RUN) as client:
             right, asked = ask_all(client, questions)
         if right * 2 < asked:
             raise DemoError(f"only {right} of {asked} answers were right: the model or the linking is broken.")
