@@ -43,13 +43,22 @@ def create_catalog(storage: Storage) -> None:
     options = storage.delta_options
     with unavailable(f"cannot make the catalog of {storage.url}"):
         url = f"{storage.delta_url}/{DIRECTORY}"
-        if DeltaTable.is_deltatable(url, options):
+        if _exists(url, options):
             return
         try:
             DeltaTable.create(url, SCHEMA, mode="ignore", partition_by=PARTITIONS, storage_options=options)
         except Exception:  # of two that create at once one fails, and finds what the other made
-            if not DeltaTable.is_deltatable(url, options):
+            if not _exists(url, options):
                 raise
+
+
+def _exists(url: str, options: dict[str, str]) -> bool:
+    # Not ``DeltaTable.is_deltatable``, which holds Python's lock while it waits for the network.
+    try:
+        DeltaTable(url, storage_options=options)
+    except TableNotFoundError:
+        return False
+    return True
 
 
 class Catalog:

@@ -1,114 +1,105 @@
-"""A look at Parquet page headers before Arrow acts on them.
+"""What a Parquet file says about its columns and pages, held against what the manifest allows, before Arrow acts on it.
 
-A page header says how large the page becomes once decompressed, and Arrow allocates that much on its word. So the
-headers are walked first, and their claims held against what the manifest allows. This is Thrift's compact protocol, as
-little of it as a page header uses: https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
+Field numbers are those of https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import pyarrow as pa
 
+from kvlink_core.compress import ColumnSpec
 from kvlink_core.errors import PayloadCorruptError
+from kvlink_core.store.thrift import Reader, integer, items, struct
 
 _MAX_HEADER_BYTES = 512  # without statistics about 30
-_BOOL_TRUE, _BOOL_FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _STRUCT = 1, 2, 3, 4, 5, 6, 7, 8, 9, 12
-_DATA_PAGE, _DATA_PAGE_HEADER = 0, 5
-_MAX_DEPTH = 4
+_INT32, _BYTE_ARRAY = 1, 6
+_REQUIRED, _OPTIONAL = 0, 1
+_PLAIN, _RLE = 0, 3
+_CODECS = {"NONE": 0, "ZSTD": 6}
+_DATA_PAGE = 0
+
+#: Fields of ColumnMetaData that a shard may have: type, encodings, path, codec, values, sizes, data page offset, counts
+#: of pages by encoding. Not: dictionaries, statistics, bloom filters. Size statistics (16) are Arrow's and ignored.
+_REQUIRED_FIELDS = {1, 2, 3, 4, 5, 6, 7, 9}
+_ALLOWED_FIELDS = _REQUIRED_FIELDS | {8, 13, 16}
 
 
-def check_pages(source: pa.NativeFile, begin: int, end: int, *, values: int, plain: int) -> None:
-    """Walk the pages of a column chunk at ``begin`` to ``end`` of ``source``.
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One column of one row group: where its pages are, and how many bytes they become."""
 
-    Raises ``PayloadCorruptError`` unless they fill it exactly, are version 1 data pages, have ``values`` values in all
-    and claim to become at most ``plain`` bytes.
+    begin: int
+    end: int
+    plain: int
+    values: int
+
+
+def read_chunks(footer: bytes, columns: Sequence[ColumnSpec]) -> list[list[Chunk]]:
+    """The chunks of every row group, from Parquet's FileMetaData.
+
+    ``columns`` are all of the file: an int32, an optional binary, and required binaries. Raises ``PayloadCorruptError``
+    unless the file has exactly these, plainly encoded, compressed as they say, and lying one after the other.
     """
-    at, found, claimed = begin, 0, 0
-    while at < end:
+    reader = Reader(footer)
+    file = reader.struct()
+    if reader.position != len(footer):
+        raise PayloadCorruptError("a footer is longer than what it holds")
+    _check_schema([struct(s) for s in items(file, 2)][1:], columns)
+    return [_chunks(struct(group), columns) for group in items(file, 4)]
+
+
+def _check_schema(leaves: Sequence[dict[int, object]], columns: Sequence[ColumnSpec]) -> None:
+    found = [(leaf.get(4), leaf.get(1), leaf.get(3)) for leaf in leaves]
+    wanted = [
+        (c.name.encode(), _INT32 if i == 0 else _BYTE_ARRAY, _OPTIONAL if i == 1 else _REQUIRED)
+        for i, c in enumerate(columns)
+    ]
+    if found != wanted or any(leaf.get(5) for leaf in leaves):
+        raise PayloadCorruptError("its columns are not those of its codec")
+
+
+def _chunks(group: dict[int, object], columns: Sequence[ColumnSpec]) -> list[Chunk]:
+    rows, found = integer(group, 3), [struct(c) for c in items(group, 1)]
+    chunks: list[Chunk] = []
+    if len(found) != len(columns):
+        raise PayloadCorruptError("a row group has too few or too many columns")
+    for index, (spec, column) in enumerate(zip(columns, found, strict=True)):
+        meta = struct(column.get(3))
+        sound = (
+            1 not in column  # a path of another file
+            and _REQUIRED_FIELDS <= set(meta) <= _ALLOWED_FIELDS
+            and meta[1] == (_INT32 if index == 0 else _BYTE_ARRAY)
+            and set(items(meta, 2)) <= {_PLAIN, _RLE}
+            and meta[3] == [spec.name.encode()]
+            and meta[4] == _CODECS[spec.compression]
+            and meta[5] == rows
+        )
+        begin, stored, plain = integer(meta, 9), integer(meta, 7), integer(meta, 6)
+        if not sound or begin < 4 or stored <= 0 or plain <= 0 or (chunks and chunks[-1].end != begin):
+            raise PayloadCorruptError(f"column {spec.name!r} is not stored as its codec says")
+        chunks.append(Chunk(begin, begin + stored, plain, rows))
+    return chunks
+
+
+def check_pages(source: pa.NativeFile, chunk: Chunk) -> None:
+    """Walk the page headers of ``chunk`` in ``source``.
+
+    Raises ``PayloadCorruptError`` unless they fill it exactly, are version 1 data pages, have its number of values in
+    all and claim to become exactly the bytes that the footer says.
+    """
+    at, values, claimed = chunk.begin, 0, 0
+    while at < chunk.end:
         source.seek(at)
-        header = _Reader(bytes(source.read(min(_MAX_HEADER_BYTES, end - at))))
-        fields = header.struct()
-        kind, uncompressed, compressed = (_number(fields, i) for i in (1, 2, 3))
-        data = fields.get(_DATA_PAGE_HEADER)
-        if kind != _DATA_PAGE or not isinstance(data, dict) or uncompressed < 0 or compressed < 0:
+        reader = Reader(bytes(source.read(min(_MAX_HEADER_BYTES, chunk.end - at))))
+        header = reader.struct()
+        kind, plain, stored = (integer(header, number) for number in (1, 2, 3))
+        if kind != _DATA_PAGE or plain < 0 or stored < 0:
             raise PayloadCorruptError("a page is not a data page")
-        found += _number(data, 1)
-        claimed += uncompressed
-        at += header.position + compressed
-        if claimed > plain:
-            raise PayloadCorruptError(f"pages claim {claimed} bytes, and {plain} is all there can be")
-    if at != end or found != values:
+        values += integer(struct(header.get(5)), 1)
+        at += reader.position + stored
+        claimed += reader.position + plain
+    if at != chunk.end or values != chunk.values or claimed != chunk.plain:
         raise PayloadCorruptError("pages do not add up to their column")
-
-
-def _number(fields: dict[int, object], field: int) -> int:
-    value = fields.get(field)
-    if not isinstance(value, int):
-        raise PayloadCorruptError(f"a page header lacks field {field}")
-    return value
-
-
-class _Reader:
-    """Thrift compact values from the start of ``data``; ``position`` is where the next one begins."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self.position = 0
-
-    def _byte(self) -> int:
-        if self.position >= len(self._data):
-            raise PayloadCorruptError("a page header does not end")
-        self.position += 1
-        return self._data[self.position - 1]
-
-    def _varint(self) -> int:
-        result = shift = 0
-        while True:
-            byte = self._byte()
-            result |= (byte & 0x7F) << shift
-            if not byte & 0x80:
-                return result
-            shift += 7
-            if shift > 63:
-                raise PayloadCorruptError("a number in a page header is too long")
-
-    def _signed(self) -> int:
-        value = self._varint()
-        return (value >> 1) ^ -(value & 1)
-
-    def struct(self, depth: int = 0) -> dict[int, object]:
-        """Fields of a struct by number; binaries and lists are skipped and come as ``None``."""
-        fields: dict[int, object] = {}
-        number = 0
-        while header := self._byte():
-            number = number + (header >> 4) if header >> 4 else self._signed()
-            fields[number] = self._value(header & 0x0F, depth + 1)
-        return fields
-
-    def _value(self, kind: int, depth: int) -> object:
-        if depth > _MAX_DEPTH:
-            raise PayloadCorruptError("a page header is nested too deeply")
-        if kind in (_BOOL_TRUE, _BOOL_FALSE):
-            return kind == _BOOL_TRUE
-        if kind in (_I16, _I32, _I64):
-            return self._signed()
-        if kind == _STRUCT:
-            return self.struct(depth)
-        if kind == _BINARY:
-            self.position += self._varint()
-        elif kind in (_BYTE, _DOUBLE):
-            self.position += 1 if kind == _BYTE else 8
-        elif kind == _LIST:
-            self._skip_list(depth)
-        else:
-            raise PayloadCorruptError(f"a page header has a field of type {kind}")
-        return None
-
-    def _skip_list(self, depth: int) -> None:
-        header = self._byte()
-        size = header >> 4 if header >> 4 != 15 else self._varint()
-        for _ in range(min(size, len(self._data) + 1)):
-            if header & 0x0F in (_BOOL_TRUE, _BOOL_FALSE):
-                self.position += 1
-            else:
-                self._value(header & 0x0F, depth)

@@ -39,7 +39,7 @@ from kvlink_core.store.manifest import (
     parse_manifest,
     shard_name,
 )
-from kvlink_core.store.pages import check_pages
+from kvlink_core.store.pages import Chunk, check_pages, read_chunks
 from kvlink_core.store.rows import CatalogRow
 
 MAGIC = b"PAR1"
@@ -58,6 +58,7 @@ class Footer:
 
     shard: str
     metadata: pq.FileMetaData
+    chunks: Sequence[Sequence[Chunk]]  # by row group and column
     manifest: Manifest
     codec: Codec
     fingerprint_json: str
@@ -121,6 +122,10 @@ def _schema(codec: Codec) -> pa.Schema:
     return pa.schema(fields + [pa.field(c.name, pa.large_binary(), nullable=False) for c in codec.columns])
 
 
+def _columns(codec: Codec) -> list[ColumnSpec]:
+    return [ColumnSpec("layer"), ColumnSpec("token_ids"), *codec.columns]
+
+
 @contextmanager
 def corrupt(shard: str) -> Iterator[None]:
     """Turn whatever reading a hostile or damaged file may raise into ``PayloadCorruptError``."""
@@ -182,21 +187,11 @@ def parse_footer(shard: str, tail: bytes, size: int | None) -> Footer:
             codec = make_codec(manifest.codec.name, manifest.codec.params)
         except UnknownCodecError as error:
             raise FormatVersionError(f"shard {shard}: {error}") from error
-        # First of all, because Arrow ends the process on a column chunk that does not fit the schema.
-        _check_schema(metadata, codec, shard)
-        if metadata.num_row_groups != len(manifest.documents):
+        chunks = read_chunks(footer[:-8], _columns(codec))
+        if len(chunks) != len(manifest.documents):
             raise PayloadCorruptError(f"shard {shard}: not as many row groups as documents")
         data_end = None if size is None else size - length
-        return Footer(shard, metadata, manifest, codec, pairs[FINGERPRINT_KEY].decode(), data_end)
-
-
-def _check_schema(metadata: pq.FileMetaData, codec: Codec, shard: str) -> None:
-    names = ["layer", "token_ids", *(c.name for c in codec.columns)]
-    columns = [metadata.schema.column(i) for i in range(metadata.num_columns)]
-    found = [(c.path, c.physical_type, c.max_definition_level, c.max_repetition_level) for c in columns]
-    wanted = [(n, "INT32" if i == 0 else "BYTE_ARRAY", 1 if i == 1 else 0, 0) for i, n in enumerate(names)]
-    if found != wanted:
-        raise PayloadCorruptError(f"shard {shard}: its columns are not those of codec {codec.name!r}")
+        return Footer(shard, metadata, chunks, manifest, codec, pairs[FINGERPRINT_KEY].decode(), data_end)
 
 
 def check_asked(footer: Footer, row: CatalogRow) -> DocumentEntry:
@@ -221,40 +216,21 @@ def locate(footer: Footer, row_group: int) -> tuple[int, int]:
 
     Reads nothing and allocates nothing. Raises ``PayloadCorruptError``.
     """
-    manifest, entry = footer.manifest, footer.manifest.documents[row_group]
-    expected = [
-        (ColumnSpec("layer"), 4 * manifest.layers),
-        (ColumnSpec("token_ids"), 4 * entry.tokens),
-        *((c, entry.columns[c.name].bytes if c.name in entry.columns else -1) for c in footer.codec.columns),
-    ]
-    with corrupt(footer.shard):
-        group = footer.metadata.row_group(row_group)
+    manifest, entry, chunks = footer.manifest, footer.manifest.documents[row_group], footer.chunks[row_group]
+    columns = footer.codec.columns
+    ok = set(entry.columns) == {c.name for c in columns} and all(c.values == manifest.layers for c in chunks)
+    if ok:
+        sizes = [4 * manifest.layers, 4 * entry.tokens, *(entry.columns[c.name].bytes for c in columns)]
         slack = _CHUNK_SLACK + _VALUE_SLACK * manifest.layers
-        ok = group.num_rows == manifest.layers and group.num_columns == len(expected)
-        ok = ok and len(entry.columns) == len(footer.codec.columns)
-        begin = end = group.column(0).data_page_offset
-        for index, (spec, nbytes) in enumerate(expected if ok else ()):
-            chunk = group.column(index)
-            # Not its ``compression``: Arrow ends the process when that is an impossible value. ``check_pages`` sees to
-            # it that nothing becomes larger than allowed, and the checksum to what it becomes.
-            plain, stored = chunk.total_uncompressed_size, chunk.total_compressed_size
-            ok = (
-                ok
-                and chunk.path_in_schema == spec.name
-                and chunk.physical_type == ("INT32" if index == 0 else "BYTE_ARRAY")
-                and set(chunk.encodings) <= {"PLAIN", "RLE"}
-                and not chunk.has_dictionary_page
-                and chunk.num_values == manifest.layers
-                and 0 <= nbytes <= plain <= nbytes + slack
-                and (stored == plain if spec.compression == "NONE" else 0 < stored <= plain + slack)
-                and chunk.data_page_offset == end
-            )
-            end += stored
-        if not ok or begin < len(MAGIC) or (footer.data_end is not None and end > footer.data_end):
-            raise PayloadCorruptError(
-                f"shard {footer.shard}: row group {row_group} is not laid out as its manifest says"
-            )
-        return begin, end
+        # Compressed data that is larger than plain by more than a little is no compressor's doing.
+        ok = all(
+            size <= chunk.plain <= size + slack and chunk.end - chunk.begin <= chunk.plain + slack
+            for size, chunk in zip(sizes, chunks, strict=True)
+        )
+    begin, end = chunks[0].begin, chunks[-1].end
+    if not ok or (footer.data_end is not None and end > footer.data_end):
+        raise PayloadCorruptError(f"shard {footer.shard}: row group {row_group} is not as its manifest says")
+    return begin, end
 
 
 def read_document(source: pa.NativeFile, footer: Footer, row_group: int, *, verify: bool) -> EncodedDocument:
@@ -290,17 +266,12 @@ def read_token_ids(source: pa.NativeFile, footer: Footer, row_group: int) -> lis
 
 
 def _read(source: pa.NativeFile, footer: Footer, row_group: int, columns: list[str]) -> pa.Table:
-    group = footer.metadata.row_group(row_group)
-    layers = footer.manifest.layers
-    for index in range(group.num_columns):
-        chunk = group.column(index)
-        if chunk.path_in_schema in columns:
-            begin = chunk.data_page_offset
-            end, plain = begin + chunk.total_compressed_size, chunk.total_uncompressed_size
-            check_pages(source, begin, end, values=layers, plain=plain)
+    for spec, chunk in zip(_columns(footer.codec), footer.chunks[row_group], strict=True):
+        if spec.name in columns:
+            check_pages(source, chunk)
     file = pq.ParquetFile(source, metadata=footer.metadata)
     table = file.read_row_group(row_group, columns=columns, use_threads=False)
-    if table.num_rows != layers:
+    if table.num_rows != footer.manifest.layers:
         raise PayloadCorruptError(f"shard {footer.shard}: {table.num_rows} layers are there")
     return table
 

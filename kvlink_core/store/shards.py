@@ -136,8 +136,7 @@ class ShardReader:
         if isinstance(place, PayloadError):
             raise place
         assert isinstance(footer, Footer)
-        with corrupt(row.shard):  # only the bytes before the codec's first column
-            end = footer.metadata.row_group(row.row_group).column(2).data_page_offset
+        end = footer.chunks[row.row_group][1].end  # only the bytes before the codec's first column
         (source,) = self._storage.open_ranges([Range(place.path, place.start, end)])
         if isinstance(source, Exception):
             raise _unreadable(row.shard, source)
