@@ -37,7 +37,7 @@ MAX_TOKENS = 32
 
 def convert(squad: Path, corpus: Path) -> list[dict[str, Any]]:
     """Write the paragraphs as JSON lines; returns questions, each with its paragraph and four of the same article."""
-    data = json.loads(gzip.open(squad).read())["data"]
+    data = json.loads(gzip.decompress(squad.read_bytes()))["data"]
     questions: list[dict[str, Any]] = []
     with corpus.open("w", encoding="utf-8") as file:
         for number, article in enumerate(data):
@@ -49,8 +49,9 @@ def convert(squad: Path, corpus: Path) -> list[dict[str, Any]]:
                 others = [ids[(at + step) % len(ids)] for step in range(1, DOCUMENTS_EACH)]
                 documents = [*others[:2], ids[at], *others[2:]]
                 texts = {i: article["paragraphs"][ids.index(i)]["context"] for i in documents}
-                for qa in paragraph["qas"][:1]:
-                    questions.append({"question": qa["question"], "documents": documents, "texts": texts})
+                if paragraph["qas"]:
+                    asked = paragraph["qas"][0]["question"]
+                    questions.append({"question": asked, "documents": documents, "texts": texts})
     every = max(1, len(questions) // 50)
     return questions[::every][:50]
 
