@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = build_tokenizer(worlds=300)
+    tokenizer = build_tokenizer(worlds=100)
     export_tokenizer(tokenizer, folder)
     model = TrainingLlama(Shape(len(tokenizer), 64, 3, 4, 2, 96), seed=3)
     export_weights(model.shape, model.state_dict(), tokenizer, folder)

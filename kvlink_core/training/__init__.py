@@ -1,0 +1,1 @@
+"""Training: the generated worlds and the script behind the embedded model."""
