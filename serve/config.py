@@ -53,7 +53,8 @@ class EngineSettings(_Settings):
     num_gpus: float = Field(default=0.0, ge=0)
     torch_threads: int | None = Field(default=None, ge=1, description="threads of torch; default: num_cpus, at least 1")
     max_running: int = Field(default=8, ge=1, description="requests that generate at the same time in one replica")
-    max_waiting: int = Field(default=32, ge=0, description="requests that wait for a replica; more get 503")
+    # Serve counts a request as waiting until it is assigned: a burst larger than this is refused even by idle replicas.
+    max_waiting: int = Field(default=32, ge=1, description="requests that wait for a replica; more get 503")
     retry_after_s: float = Field(default=1.0, ge=0, description="what a refused client is told to wait")
     stuck_after_s: float = Field(
         default=120.0, gt=0, description="a step running longer than this is a failed health check"

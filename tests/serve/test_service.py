@@ -30,7 +30,7 @@ TEXTS = {
 }
 CHAT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "Who built the harbour?"}]
-MAX_RUNNING, MAX_WAITING = 8, 2
+MAX_RUNNING, MAX_WAITING = 8, 8
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ def test_concurrent_requests_get_their_own_answers(service: Service) -> None:
 def test_too_many_requests_get_503_and_are_told_to_come_back(service: Service) -> None:
     count = 3 * (MAX_RUNNING + MAX_WAITING)
     with ThreadPoolExecutor(count) as pool:
-        responses = list(pool.map(lambda _: service.ask({"id": "harbour"}, max_tokens=60), range(count)))
+        responses = list(pool.map(lambda _: service.ask({"id": "harbour"}, max_tokens=40), range(count)))
     refused = [r for r in responses if r.status_code != 200]
     assert refused
     assert len(refused) < count
