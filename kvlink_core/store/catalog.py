@@ -152,7 +152,10 @@ class Catalog:
         data = {n: [getattr(r, n) for r in rows] for n in SCHEMA.names if n != "check"}
         table = pa.table({**data, "check": [r.check() for r in rows]}, schema=SCHEMA)
         with self._lock:
+            if self._table is None:
+                self._refresh()
             with unavailable(f"cannot commit to the catalog of {self._storage.url}"):
-                write_deltalake(self._url, table, mode="append", storage_options=self._storage.delta_options)
+                # To the table that was opened, since writing to an address would make a new one where a store is gone.
+                write_deltalake(self._table, table, mode="append")
             self._refresh()
             return self.version

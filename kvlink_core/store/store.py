@@ -238,7 +238,7 @@ class DocumentStore:
 
         Raises:
             PayloadForeignError: a row of another namespace, fingerprint or codec.
-            StoreUnavailableError: not committed; none of the rows is visible.
+            StoreNotFoundError, StoreUnavailableError: not committed; none of the rows is visible.
         """
         for row in rows:
             if (row.namespace, row.fingerprint, row.codec) != (self.namespace, self.fingerprint.digest, self.codec):
@@ -254,7 +254,10 @@ class DocumentStore:
             if old is not None and old.created_at >= row.created_at:  # clocks of machines differ
                 row = replace(row, created_at=old.created_at + timedelta(microseconds=1))
             fresh.append(row)
-        return self._catalog.append(fresh) if fresh else self._catalog.version
+        if not fresh:
+            return self._catalog.version
+        layout.check_store(self._storage)  # where a store was deleted, committing would leave a part of one
+        return self._catalog.append(fresh)
 
     # Reading
 
