@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ TOKEN = "0123456789abcdef" * 4
 class Pod:
     """A running Ray head, and what a container beside it would see."""
 
-    env: dict[str, str]
+    env: dict[str, str] = field(repr=False)  # of whoever runs the tests, too
     cwd: Path
     dashboard: str
     agent: str
@@ -60,10 +59,15 @@ class Pod:
 
 
 @pytest.fixture(scope="module")
-def pod(image: Any, config_map: dict[str, str]) -> Iterator[Pod]:
+def home() -> Iterator[Path]:
+    """A folder for all that the pod writes. Not pytest's: Ray's sockets are in it, whose paths are 107 long at most."""
+    with tempfile.TemporaryDirectory(prefix="kvl-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def pod(home: Path, image: Any, config_map: dict[str, str]) -> Iterator[Pod]:
     """Start the head; kill it and all that it started at the end."""
-    # Not pytest's folder: Ray keeps sockets in here, whose paths may have 107 characters.
-    home = Path(tempfile.mkdtemp(prefix="kvl-"))
     code, volume = home / "opt", home / "var"
     volume.mkdir()
     image.stage(code)
@@ -80,9 +84,9 @@ def pod(image: Any, config_map: dict[str, str]) -> Iterator[Pod]:
     )
     with (home / "log").open("w") as log:
         head = subprocess.Popen(start.split(), env=env, cwd=code, stdout=log, stderr=log, start_new_session=True)
-    local = "http://127.0.0.1"
-    pod = Pod(env, code, f"{local}:{dashboard}", f"{local}:{agent}", f"{local}:{serve}")
     try:
+        local = "http://127.0.0.1"
+        pod = Pod(env, code, f"{local}:{dashboard}", f"{local}:{agent}", f"{local}:{serve}")
         wait_for(lambda: succeeds(f"{pod.agent}/api/healthz"), 90, lambda: (home / "log").read_text())
         # Serve keeps the port that it was first started with, so what is deployed afterwards can say 8000.
         http = {"host": "127.0.0.1", "port": serve}
@@ -90,7 +94,6 @@ def pod(image: Any, config_map: dict[str, str]) -> Iterator[Pod]:
         yield pod
     finally:
         kill(head)
-        shutil.rmtree(home, ignore_errors=True)
 
 
 def test_the_job_then_the_service(pod: Pod, rayjob: Any, rayservice: Any) -> None:
