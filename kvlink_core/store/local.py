@@ -90,17 +90,26 @@ class LocalStorage:
 
     def open_ranges(self, ranges: Sequence[Range]) -> list[pa.NativeFile | Exception]:
         """See ``Storage.open_ranges``."""
-        return [self._map(r) for r in ranges]
+        # As many mappings of a file as there are processors to read it: few to open, and enough to read side by side.
+        width = os.cpu_count() or 1
+        maps: dict[tuple[str, int], pa.NativeFile | Exception] = {}
+        opened: list[pa.NativeFile | Exception] = []
+        for number, wanted in enumerate(ranges):
+            key = (wanted.path, number % width)
+            if key not in maps:
+                maps[key] = self._map(wanted.path)
+            file = maps[key]
+            if not isinstance(file, Exception) and file.size() < wanted.end:  # a bus error, not an exception
+                file = EOFError(f"{file.size()} bytes instead of at least {wanted.end}")
+            opened.append(file)
+        return opened
 
-    def _map(self, wanted: Range) -> pa.NativeFile | Exception:
+    def _map(self, path: str) -> pa.NativeFile | Exception:
         try:
-            file = pa.memory_map(str(self._root / wanted.path), "r")
+            return pa.memory_map(str(self._root / path), "r")
         # Arrow raises ArrowInvalid beside OSError here, e.g. for a file that was emptied.
         except (OSError, pa.ArrowException) as error:
             return error
-        if file.size() < wanted.end:  # reading on would be a bus error, not an exception
-            return EOFError(f"{file.size()} bytes instead of at least {wanted.end}")
-        return file
 
 
 def _sync_directory(directory: Path) -> None:

@@ -233,16 +233,38 @@ def locate(footer: Footer, row_group: int) -> tuple[int, int]:
     return begin, end
 
 
-def read_document(source: pa.NativeFile, footer: Footer, row_group: int, *, verify: bool) -> EncodedDocument:
+class PayloadFile:
+    """An open shard. For one thread at a time."""
+
+    def __init__(self, source: pa.NativeFile, footer: Footer) -> None:
+        self.footer = footer
+        self._source = source
+        self._parquet: pq.ParquetFile | None = None
+
+    def read(self, row_group: int, columns: list[str]) -> pa.Table:
+        """The columns of one document that ``locate`` has accepted; whatever goes wrong is raised as it comes."""
+        for spec, chunk in zip(_columns(self.footer.codec), self.footer.chunks[row_group], strict=True):
+            if spec.name in columns:
+                check_pages(self._source, chunk)
+        if self._parquet is None:
+            self._parquet = pq.ParquetFile(self._source, metadata=self.footer.metadata)
+        table = self._parquet.read_row_group(row_group, columns=columns, use_threads=False)
+        if table.num_rows != self.footer.manifest.layers:
+            raise PayloadCorruptError(f"shard {self.footer.shard}: {table.num_rows} layers are there")
+        return table
+
+
+def read_document(file: PayloadFile, row_group: int, *, verify: bool) -> EncodedDocument:
     """Read one document that ``locate`` has accepted.
 
     Raises ``PayloadCorruptError`` for wrong lengths, token ids that are not those of the digest, and, with ``verify``,
     bytes that do not match their checksum.
     """
+    footer = file.footer
     names = [c.name for c in footer.codec.columns]
     entry = footer.manifest.documents[row_group]
     with corrupt(footer.shard):
-        table = _read(source, footer, row_group, ["token_ids", *names])
+        table = file.read(row_group, ["token_ids", *names])
         token_ids = _token_ids(table, entry)
         columns: dict[str, EncodedColumn] = {}
         for name in names:
@@ -258,22 +280,11 @@ def read_document(source: pa.NativeFile, footer: Footer, row_group: int, *, veri
         return EncodedDocument(shape, tokens_of_bytes(token_ids), columns, entry.params)
 
 
-def read_token_ids(source: pa.NativeFile, footer: Footer, row_group: int) -> list[int]:
+def read_token_ids(file: PayloadFile, row_group: int) -> list[int]:
     """Only the token ids of one document, checked against its digest. Raises ``PayloadCorruptError``."""
-    with corrupt(footer.shard):
-        table = _read(source, footer, row_group, ["token_ids"])
-        return tokens_of_bytes(_token_ids(table, footer.manifest.documents[row_group])).tolist()
-
-
-def _read(source: pa.NativeFile, footer: Footer, row_group: int, columns: list[str]) -> pa.Table:
-    for spec, chunk in zip(_columns(footer.codec), footer.chunks[row_group], strict=True):
-        if spec.name in columns:
-            check_pages(source, chunk)
-    file = pq.ParquetFile(source, metadata=footer.metadata)
-    table = file.read_row_group(row_group, columns=columns, use_threads=False)
-    if table.num_rows != footer.manifest.layers:
-        raise PayloadCorruptError(f"shard {footer.shard}: {table.num_rows} layers are there")
-    return table
+    with corrupt(file.footer.shard):
+        table = file.read(row_group, ["token_ids"])
+        return tokens_of_bytes(_token_ids(table, file.footer.manifest.documents[row_group])).tolist()
 
 
 def _token_ids(table: pa.Table, entry: DocumentEntry) -> bytes:

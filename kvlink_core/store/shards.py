@@ -17,6 +17,7 @@ from kvlink_core.store.buffers import tokens_of_bytes
 from kvlink_core.store.manifest import check_shard_name
 from kvlink_core.store.payload import (
     Footer,
+    PayloadFile,
     check_asked,
     corrupt,
     footer_length,
@@ -90,27 +91,30 @@ class ShardReader:
         footers = self._get_footers(list(dict.fromkeys(row.shard for row in rows)))
         places = [self._place(footers[row.shard], row) for row in rows]
         unique = list(dict.fromkeys(p for p in places if isinstance(p, Range)))
-        opened = self._storage.open_ranges(unique)
-
-        def decode(place: Range, source: pa.NativeFile | Exception) -> DocumentCache | PayloadError:
-            row = rows[places.index(place)]
-            footer = footers[row.shard]
+        done: dict[Range, DocumentCache | PayloadError] = {}
+        row_of = dict(zip(places, rows, strict=True))
+        groups: dict[int, tuple[PayloadFile, list[Range]]] = {}  # by file, since one thread at a time may read it
+        for place, source in zip(unique, self._storage.open_ranges(unique), strict=True):
+            footer = footers[row_of[place].shard]
             assert isinstance(footer, Footer)
-            return self._decode(source, footer, row)
+            if isinstance(source, Exception):
+                done[place] = _unreadable(footer.shard, source)
+            else:
+                groups.setdefault(id(source), (PayloadFile(source, footer), []))[1].append(place)
 
-        work = self._pool.map if len(unique) > 1 else map
-        done = dict(zip(unique, work(decode, unique, opened), strict=True))
+        def decode(group: tuple[PayloadFile, list[Range]]) -> None:
+            file, wanted = group
+            for place in wanted:
+                done[place] = self._decode(file, row_of[place].row_group)
+
+        list((self._pool.map if len(groups) > 1 else map)(decode, groups.values()))
         return [done[p] if isinstance(p, Range) else p for p in places]
 
-    def _decode(
-        self, source: pa.NativeFile | Exception, footer: Footer, row: CatalogRow
-    ) -> DocumentCache | PayloadError:
-        if isinstance(source, Exception):
-            return _unreadable(row.shard, source)
+    def _decode(self, file: PayloadFile, row_group: int) -> DocumentCache | PayloadError:
         try:
-            document = read_document(source, footer, row.row_group, verify=self._verify)
-            with corrupt(row.shard):
-                return footer.codec.decode(document)
+            document = read_document(file, row_group, verify=self._verify)
+            with corrupt(file.footer.shard):
+                return file.footer.codec.decode(document)
         except PayloadError as error:
             return error
 
@@ -140,7 +144,7 @@ class ShardReader:
         (source,) = self._storage.open_ranges([Range(place.path, place.start, end)])
         if isinstance(source, Exception):
             raise _unreadable(row.shard, source)
-        return read_token_ids(source, footer, row.row_group)
+        return read_token_ids(PayloadFile(source, footer), row.row_group)
 
     def _copied_token_ids(self, row: CatalogRow) -> list[int] | None:
         try:

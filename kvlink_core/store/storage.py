@@ -90,7 +90,10 @@ class Storage(Protocol):
         ...
 
     def open_ranges(self, ranges: Sequence[Range]) -> list[pa.NativeFile | Exception]:
-        """Each range as a file in which its bytes stand at their own offsets; one concurrent round of requests."""
+        """Each range as a file in which its bytes stand at their own offsets; one concurrent round of requests.
+
+        Several ranges of one path may come as one file, of which only one thread may read at a time.
+        """
         ...
 
 

@@ -57,9 +57,10 @@ class DocumentStore:
         self.fingerprint = fingerprint
         self.namespace = namespace
         self.codec = codec_spec(codec)
+        self._digest = fingerprint.digest
         self._storage = storage
         self._codec = codec
-        self._catalog = Catalog(storage, namespace, fingerprint.digest, self.codec)
+        self._catalog = Catalog(storage, namespace, self._digest, self.codec)
         self._reader = ShardReader(storage, verify=verify)
         self._fingerprint_written = False
 
@@ -194,7 +195,7 @@ class DocumentStore:
         return Manifest(
             format=FORMAT_VERSION,
             namespace=self.namespace,
-            fingerprint=self.fingerprint.digest,
+            fingerprint=self._digest,
             codec=CodecEntry(name=self._codec.name, params=dict(self._codec.params)),
             checksum="xxh3-128",
             dtype=shape.dtype,
@@ -241,7 +242,7 @@ class DocumentStore:
             StoreNotFoundError, StoreUnavailableError: not committed; none of the rows is visible.
         """
         for row in rows:
-            if (row.namespace, row.fingerprint, row.codec) != (self.namespace, self.fingerprint.digest, self.codec):
+            if (row.namespace, row.fingerprint, row.codec) != (self.namespace, self._digest, self.codec):
                 raise PayloadForeignError(f"the row of document {row.document_id!r} belongs to another store")
         self.refresh()
         latest = {row.document_id: row for row in rows}
@@ -275,7 +276,7 @@ class DocumentStore:
 
     def load(self, rows: Sequence[CatalogRow]) -> list[DocumentCache | PayloadError]:
         """The caches of ``rows``, in order; in the place of one that must not be served, the error that says why."""
-        foreign = [r.namespace != self.namespace or r.fingerprint != self.fingerprint.digest for r in rows]
+        foreign = [r.namespace != self.namespace or r.fingerprint != self._digest for r in rows]
         loaded = iter(self._reader.load([r for r, other in zip(rows, foreign, strict=True) if not other]))
         return [
             PayloadForeignError(f"the row of document {row.document_id!r} belongs to another store")
@@ -290,7 +291,7 @@ class DocumentStore:
         Raises a ``PayloadError`` for the first row whose token ids are nowhere to be had.
         """
         for row in rows:
-            if (row.namespace, row.fingerprint) != (self.namespace, self.fingerprint.digest):
+            if (row.namespace, row.fingerprint) != (self.namespace, self._digest):
                 raise PayloadForeignError(f"the row of document {row.document_id!r} belongs to another store")
         return self._reader.token_ids(rows)
 
