@@ -311,7 +311,8 @@ def test_a_client_that_leaves_stops_its_request(service: Service, stream: bool) 
     tokens = body["max_tokens"] = 1900
     if stream:
         with httpx.stream("POST", service.url + CHAT, json=body, timeout=60) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # kept: an iterator that is dropped closes the response
+            next(lines)
             assert running(service) == 1
     else:
         with pytest.raises(httpx.ReadTimeout):
