@@ -144,9 +144,7 @@ def _pack(document_id: str, text: str, limit: int, count_tokens: CountTokens) ->
     return chunks
 
 
-def _cut_word(
-    document_id: str, text: str, start: int, end: int, fits: Callable[[int, int], bool], limit: int
-) -> int:
+def _cut_word(document_id: str, text: str, start: int, end: int, fits: Callable[[int, int], bool], limit: int) -> int:
     """Where to cut a word that is longer than the limit: after the most characters that fit."""
     start, end = _strip(text, start, end)
     if not fits(start, start + 1):
