@@ -143,6 +143,19 @@ class StoreUnavailableError(StoreError):
     code = "store_unavailable"
 
 
+class DocumentLostError(StoreError):
+    """A document known by its id alone, whose payload and token ids are both damaged: it cannot be had again."""
+
+    code = "document_lost"
+
+    def __init__(self, document_id: str) -> None:
+        super().__init__(
+            f"document {document_id!r}: its stored cache and its token ids are both damaged. "
+            "Send its text, or run precompute on it again.",
+            param="documents",
+        )
+
+
 class FingerprintMismatchError(StoreError):
     """The store holds caches of another model, tokenizer or template."""
 

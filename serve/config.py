@@ -6,6 +6,7 @@ From a command line they are strings with dotted names (``engine.num_cpus=2``), 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +15,9 @@ import click
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from kvlink_core.errors import ConfigError
+
+#: Where the store is when the settings do not say: the same configuration then runs on a laptop and on a cluster.
+STORE_VARIABLE = "KVLINK_STORE"
 
 
 class StartupError(ConfigError, click.ClickException):
@@ -114,6 +118,8 @@ class ServiceConfig(_Settings):
         """
         if isinstance(data, Mapping):
             data = _nested(data)
+            if "store" not in data and STORE_VARIABLE in os.environ:
+                data["store"] = os.environ[STORE_VARIABLE]
         try:
             return handler(data)
         except ValidationError as error:

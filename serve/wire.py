@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvlink_core.errors import (
+    DocumentLostError,
     InputError,
     KVLinkError,
     StoreUnavailableError,
@@ -65,6 +66,8 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(status, str(error), error.code, error.param)
     if isinstance(error, StoreUnavailableError):
         return ApiError(503, "the document store does not answer; try again.", error.code, retry_after_s=5.0)
+    if isinstance(error, DocumentLostError):
+        return ApiError(500, str(error), error.code, error.param)
     if isinstance(error, KVLinkError):
         return ApiError(500, INTERNAL_MESSAGE, error.code)
     return ApiError(500, INTERNAL_MESSAGE, "internal_error")

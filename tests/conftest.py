@@ -37,6 +37,6 @@ def ray_session() -> Iterator[None]:
     """One local Ray for all tests that need one."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100_000_000)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=100_000_000)
     yield
     ray.shutdown()

@@ -11,6 +11,7 @@ from oracles import greedy
 from kvlink_core.encode import DocumentEncoder
 from kvlink_core.engine import SamplingParams
 from kvlink_core.errors import (
+    DocumentLostError,
     DuplicateDocumentError,
     EmptyDocumentError,
     EmptyQuestionError,
@@ -111,6 +112,18 @@ def test_a_shard_that_is_gone_is_recomputed_from_its_tokens(
     answer = Session(tiny_model, fresh).start(AnswerRequest(ASK, [DocumentRef("a")], "reposition", GREEDY))
     assert answer.documents[0].origin == "reencoded-corrupt"
     assert answer.text() == expected(tiny_model, ["a"], "reposition")
+
+
+def test_a_document_whose_tokens_are_gone_too_is_named(
+    tiny_model: LoadedModel, store: DocumentStore, tmp_path: Path
+) -> None:
+    for file in [*(tmp_path / "store").rglob("shards/*"), *(tmp_path / "store").rglob("tokens/*")]:
+        file.unlink()
+    session = Session(tiny_model, DocumentStore.open(str(tmp_path / "store"), fingerprint=tiny_model.fingerprint))
+    with pytest.raises(DocumentLostError, match=r"'a'.*run precompute"):
+        session.start(AnswerRequest(ASK, [DocumentRef("a")], "reposition", GREEDY))
+    sent = session.start(AnswerRequest(ASK, [Document("a", TEXTS["a"])], "reposition", GREEDY))
+    assert sent.text() == expected(tiny_model, ["a"], "reposition")
 
 
 def test_documents_committed_later_are_found_without_a_restart(

@@ -74,8 +74,9 @@ class Sampler:
         ordered, ids = logits.cpu().sort(descending=True, stable=True)
         if params.top_k:
             ordered, ids = ordered[: params.top_k], ids[: params.top_k]
-        # float64: a temperature near 0 must not overflow, and the cumulative sum must reach 1.
-        probabilities = torch.softmax(ordered.double() / params.temperature, dim=0)
+        # The largest logit becomes 0 before dividing, so that no temperature, however near 0, can overflow; float64,
+        # so that the cumulative sum reaches 1.
+        probabilities = torch.softmax((ordered.double() - ordered[0].double()) / params.temperature, dim=0)
         if params.top_p < 1:
             # Keep the smallest set whose mass reaches top_p: drop a token when what stands before it suffices.
             before = probabilities.cumsum(0) - probabilities

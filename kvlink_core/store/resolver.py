@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from kvlink_core.store.catalog import CatalogRow
-from kvlink_core.store.store import DocumentStore
 
 from kvlink_core.encode import DocumentEncoder
-from kvlink_core.errors import DuplicateDocumentError, PayloadError, UnknownDocumentError
+from kvlink_core.errors import DocumentLostError, DuplicateDocumentError, PayloadError, UnknownDocumentError
 from kvlink_core.fingerprint import token_digest
 from kvlink_core.models import LoadedModel
+from kvlink_core.store.catalog import CatalogRow
+from kvlink_core.store.store import DocumentStore
 from kvlink_core.types import Document, DocumentCache, DocumentRef
 
 logger = logging.getLogger(__name__)
@@ -87,9 +87,7 @@ class DocumentResolver:
         refresh_after: least seconds between two looks for newly committed documents when one is not found.
     """
 
-    def __init__(
-        self, model: LoadedModel, store: DocumentStore | None = None, *, refresh_after: float = 1.0
-    ) -> None:
+    def __init__(self, model: LoadedModel, store: DocumentStore | None = None, *, refresh_after: float = 1.0) -> None:
         self.model = model
         self.store = store
         self.counters = Counters()
@@ -115,9 +113,7 @@ class DocumentResolver:
                         f"document id {document.id!r} comes with two different texts; give each its own id.",
                         param="documents",
                     )
-        token_ids = [
-            self.model.layout.document_tokens(d) if isinstance(d, Document) else None for d in documents
-        ]
+        token_ids = [self.model.layout.document_tokens(d) if isinstance(d, Document) else None for d in documents]
         by_id = self._by_id([d.id for d in documents if isinstance(d, DocumentRef)])
         digests = [None if t is None else digest_of(t) for t in token_ids]
         by_tokens = self.store.lookup_tokens([d for d in digests if d]) if self.store else {}
@@ -147,15 +143,27 @@ class DocumentResolver:
             return changed
 
     def fill_tokens(self, lookup: Lookup) -> list[list[int]]:
-        """Token ids of every document, without loading caches."""
+        """Token ids of every document, without loading caches.
+
+        Raises:
+            DocumentLostError: a document's token ids are damaged wherever they are kept.
+        """
         wanted = [r for r, t in zip(lookup.rows, lookup.token_ids, strict=True) if t is None and r]
         if wanted:
             assert self.store is not None
-            tokens = dict(zip((r.token_digest for r in wanted), self.store.token_ids(wanted), strict=True))
+            tokens = {r.token_digest: self._token_ids(r) for r in wanted}
             for i, row in enumerate(lookup.rows):
                 if lookup.token_ids[i] is None and row:
                     lookup.token_ids[i] = tokens[row.token_digest]
         return [t for t in lookup.token_ids if t is not None]
+
+    def _token_ids(self, row: CatalogRow) -> list[int]:
+        assert self.store is not None
+        try:
+            return self.store.token_ids([row])[0]
+        except PayloadError as error:
+            logger.error("document %r: token ids refused (%s: %s)", row.document_id, error.code, error)
+            raise DocumentLostError(row.document_id) from error
 
     def load(self, lookup: Lookup) -> tuple[list[DocumentCache], list[ResolvedDocument]]:
         """Caches of all documents, in order. Bad payloads are recomputed; token ids are filled in."""

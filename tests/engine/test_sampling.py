@@ -34,8 +34,9 @@ def test_temperature_sharpens() -> None:
     assert [shares[i] for i in range(4)] == pytest.approx((squared / squared.sum()).tolist(), abs=0.03)
 
 
-def test_a_tiny_temperature_is_greedy_and_finite() -> None:
-    assert draws(SamplingParams(temperature=1e-12, seed=0), 20) == {1: 1.0}
+@pytest.mark.parametrize("temperature", [1e-12, 1e-310])
+def test_a_tiny_temperature_is_greedy_and_finite(temperature: float) -> None:
+    assert draws(SamplingParams(temperature=temperature, seed=0), 20) == {1: 1.0}
 
 
 def test_top_k_keeps_the_k_most_likely() -> None:

@@ -97,3 +97,13 @@ def edited(path: Path, tmp_path: Path, *, args: dict[str, Any] | None = None, **
     copy = tmp_path / "serve.yaml"
     copy.write_text(yaml.safe_dump(content), "utf-8")
     return copy
+
+
+def test_the_store_comes_from_the_environment_when_the_settings_do_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVLINK_STORE", "/from/environment")
+    assert ServiceConfig.model_validate({}).store == "/from/environment"
+    assert ServiceConfig.model_validate({"store": "/said"}).store == "/said"
+    assert ServiceConfig.model_validate({"store": None}).store is None
+    monkeypatch.delenv("KVLINK_STORE")
+    with pytest.raises(StartupError, match="store"):
+        ServiceConfig.model_validate({})
