@@ -19,7 +19,7 @@ class Fingerprint:
     """All that changes the values of a document cache.
 
     Attributes:
-        model: the model's own name, for people (architecture and shape; not a path).
+        model: architecture and shape, for people, and a digest of the whole configuration (not a path).
         weights: SHA-256 over the weights, ``random:<seed>`` for random ones.
         adapter: digest of an adapter, or "".
         tokenizer: SHA-256 of the tokenizer's definition.

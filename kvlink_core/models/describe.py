@@ -78,10 +78,12 @@ def describe_model(source: str, *, device: str = "cpu", dtype: str | None = None
     directory = _directory(source)
     if source.startswith(RANDOM):
         config, weights = named_shape(source.removeprefix(RANDOM)).config, f"{RANDOM}0"
+        raw = config.to_diff_dict()
         chosen = DTYPES[dtype or "float32"]
         file = read_layout_file(directory).model_copy(update={"name": source, "default_linker": None})
     else:
         config = _config(directory)
+        raw = json.loads((directory / "config.json").read_bytes())
         chosen = DTYPES[dtype] if dtype else _default_dtype(config, device, directory)
         file = read_layout_file(directory)
         weights = ""
@@ -94,7 +96,7 @@ def describe_model(source: str, *, device: str = "cpu", dtype: str | None = None
         spec=spec,
         layout=layout,
         fingerprint=Fingerprint(
-            model=f"{spec.model_type}-{spec.layers}x{config.hidden_size}",
+            model=f"{spec.model_type}-{spec.layers}x{config.hidden_size}-{architecture_digest(raw)[:16]}",
             weights=weights or weights_digest(directory),
             tokenizer=tokenizer_digest(directory),
             rope=json.dumps(config.rope_parameters, sort_keys=True),
@@ -115,6 +117,19 @@ def load_layout(source: str) -> PromptLayout:
     directory = _directory(source)
     file: LayoutFile = read_layout_file(directory)
     return read_layout(directory, file)
+
+
+#: Keys of ``config.json`` that change no key or value, or are in the fingerprint under a name of their own.
+_NOT_ARCHITECTURE = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
+def architecture_digest(config: dict[str, Any]) -> str:
+    """SHA-256 over a ``config.json``: the same weights with another norm, window or activation are another model.
+
+    The file as it is, not what a version of transformers makes of it: upgrading must not orphan a store.
+    """
+    kept = {k: v for k, v in config.items() if k not in _NOT_ARCHITECTURE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def weights_digest(directory: Path) -> str:

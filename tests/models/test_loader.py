@@ -13,7 +13,7 @@ from tiny import VOCABULARY, save_tiny, tiny_configs
 from transformers import GPT2Config, LlamaConfig
 
 from kvlink_core.errors import ConfigError, ModelError, ModelNotFoundError, UnsupportedModelError
-from kvlink_core.models import LoadedModel, load_model
+from kvlink_core.models import LoadedModel, describe_model, load_model
 from kvlink_core.models.spec import spec_from_config
 
 
@@ -98,6 +98,21 @@ def test_one_changed_weight_changes_the_fingerprint(tiny_model: LoadedModel, cop
     tensors["model.layers.0.self_attn.k_proj.weight"][0, 0] += 1
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     assert set(load_model(str(copy)).fingerprint.difference(tiny_model.fingerprint)) == {"weights"}
+
+
+@pytest.mark.parametrize(("key", "value"), [("rms_norm_eps", 0.1), ("hidden_act", "gelu"), ("mlp_bias", True)])
+def test_the_same_weights_in_another_architecture_are_another_model(
+    tiny_model: LoadedModel, copy: Path, key: str, value: object
+) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {key: value}))
+    assert set(describe_model(str(copy)).fingerprint.difference(tiny_model.fingerprint)) == {"model"}
+
+
+def test_another_version_of_transformers_is_not_another_model(tiny_model: LoadedModel, copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"transformers_version": "5.99.0"}))
+    assert describe_model(str(copy)).fingerprint == tiny_model.fingerprint
 
 
 def test_template_rope_and_dtype_change_the_fingerprint(tiny_model: LoadedModel, copy: Path) -> None:
