@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from kvlink_core.training import tokenizer as tk
 from kvlink_core.training.curriculum import STAGES, draw_passages, draw_stage
-from kvlink_core.training.variety import Asked, vary
+from kvlink_core.training.variety import Asked, rename, vary
 from kvlink_core.training.worlds import TRAIN_SEEDS, World, make_world
 
 #: modes of the model: name and number of link tokens; -1 is ordinary causal attention without links
@@ -228,9 +228,14 @@ def plain(world: World, most: int, unknown: int = 0) -> Asked:
 
 
 def evaluation_rows(
-    encoder: tk.FastEncoder, seeds: Iterable[int], mode: int, most: int = 12, passages: tuple[int, int] = (2, 12)
+    encoder: tk.FastEncoder, seeds: Iterable[int], mode: int, most: int = 12, new_words: bool = False
 ) -> Rows:
-    """Rows of held-out worlds for one mode: the same questions in every mode. The group is the number of passages."""
-    worlds = (make_world(seed, passages) for seed in seeds)
+    """Rows of held-out worlds of 2 to 12 passages for one mode: the same questions in every mode.
+
+    The group is the number of passages. ``new_words`` replaces one to five names or values of each world by words that
+    no list holds.
+    """
+    rng = random.Random(0)
+    worlds = (rename(world, rng) if new_words else world for world in map(make_world, seeds))
     stream = ((plain(world, most, unknown=1), mode, len(world.passages)) for world in worlds)
     return stack(list(Packer(encoder, whole=True).rows(stream)))

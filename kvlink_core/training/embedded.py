@@ -1,7 +1,8 @@
 """Trains the embedded model from scratch: ``python -m kvlink_core.training.embedded --help``.
 
-    python -m kvlink_core.training.embedded train --minutes 18 --out runs/embedded
+    python -m kvlink_core.training.embedded train --out runs/embedded
     python -m kvlink_core.training.embedded export --checkpoint runs/embedded --to kvlink_core/embedded
+    python -m kvlink_core.training.embedded test --model kvlink_core/embedded
 
 One model learns all modes at once (full attention; the segment mask with 5, 1 and 0 link tokens) on worlds that no
 seed of the held-out ranges makes. Training may be cut in several runs (``--resume``); the learning rate follows the
@@ -97,10 +98,10 @@ def make_forward(model: TrainingLlama, device: torch.device, attention: str, com
     return forward
 
 
-def held_out(encoder: FastEncoder, seeds: range, worlds: int) -> list[Rows]:
+def held_out(encoder: FastEncoder, seeds: range, worlds: int, new_words: bool = False) -> list[Rows]:
     """The same worlds, encoded for each mode."""
     chosen = range(seeds.start, seeds.start + worlds)
-    return [evaluation_rows(encoder, chosen, mode) for mode in range(len(MODES))]
+    return [evaluation_rows(encoder, chosen, mode, new_words=new_words) for mode in range(len(MODES))]
 
 
 def evaluate_all(forward: Forward, held: list[Rows], device: torch.device, rows_each: int) -> dict[str, Any]:
@@ -238,7 +239,7 @@ def test(options: argparse.Namespace) -> None:
         logits: Tensor = model(ids, positions, dense_mask(ctx, doc, asked), at)
         return logits
 
-    held = held_out(FastEncoder(options.model / "tokenizer.json"), TEST_SEEDS, options.worlds)
+    held = held_out(FastEncoder(options.model / "tokenizer.json"), TEST_SEEDS, options.worlds, options.new_words)
     with torch.no_grad():
         total = sum(evaluate(forward, rows, device, rows_each=4, crop=True) for rows in held)
     assert isinstance(total, Tensor)
@@ -258,8 +259,8 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, log and report")
     add.add_argument("--resume", type=Path, help="folder of the checkpoint to go on from")
     add.add_argument("--tokenizer", type=Path, help="folder with a tokenizer.json (default: build it)")
-    add.add_argument("--minutes", type=float, default=18.0, help="wall-clock limit of this run, start-up included")
-    add.add_argument("--total-minutes", type=float, default=18.0, help="length of the schedule over all runs")
+    add.add_argument("--minutes", type=float, default=14.0, help="wall-clock limit of this run, start-up included")
+    add.add_argument("--total-minutes", type=float, default=12.3, help="length of the schedule over all runs")
     add.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add.add_argument("--attention", choices=("flex", "dense"), default="flex")
     add.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
@@ -286,8 +287,9 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("test", help="measure an exported model on the test worlds")
     add.set_defaults(run=test)
     add.add_argument("--model", type=Path, required=True)
-    add.add_argument("--worlds", type=int, default=250)
+    add.add_argument("--worlds", type=int, default=300)
     add.add_argument("--device", default="cpu")
+    add.add_argument("--new-words", action="store_true", help="replace some names and values by unknown words")
     add.add_argument("--json", type=Path)
     return parser
 

@@ -59,9 +59,10 @@ def test_packed_logits_equal_single_prompts(folder: Path, mode: int) -> None:
     weights = {k: v for k, v in theirs.state_dict().items() if k != "lm_head.weight"}
     ours.load_state_dict(weights)
     packer = Packer(FastEncoder(folder / "tokenizer.json"), whole=True)
-    worlds = [make_world(seed, (2, 5)) for seed in range(3)]
+    worlds = [make_world(seed, (2, 5)) for seed in range(2)]
     row = next(packer.rows([(plain(world, 4), mode, 0) for world in worlds]))
     tokens, answers, _ = to_device(stack([row]), CPU)
+    tokens = tokens[:, :, : int((tokens[2] > 0).sum())]  # without the padding
     with torch.no_grad():
         logits = ours(tokens[0], tokens[1], dense_mask(tokens[2], tokens[3], tokens[4]), answers[0])[0]
     slot = 0
@@ -81,7 +82,7 @@ def test_packed_logits_equal_single_prompts(folder: Path, mode: int) -> None:
             expected = expected[-len(answer) - 1 :]
             torch.testing.assert_close(logits[chosen], expected, rtol=1e-4, atol=1e-4)
             slot += 1
-    assert slot >= 6
+    assert slot >= 4
 
 
 def test_evaluation_counts_every_question_once(folder: Path) -> None:
