@@ -8,6 +8,8 @@ the class, never from the text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class KVLinkError(Exception):
     """Root of all errors raised on purpose. ``str(error)`` is one line, fit to be shown to a user."""
@@ -59,12 +61,12 @@ class UnknownDocumentError(InputError):
 
     code = "document_not_found"
 
-    def __init__(self, document_ids: list[str]) -> None:
+    def __init__(self, document_ids: list[str], *, chunked: Sequence[str] = ()) -> None:
         shown = ", ".join(repr(i) for i in document_ids[:5]) + (", ..." if len(document_ids) > 5 else "")
-        super().__init__(
-            f"no such document in the store: {shown}. Send its text, or run precompute on it first.",
-            param="documents",
-        )
+        remedy = "Send its text, or run precompute on it first."
+        if chunked:
+            remedy = f"{chunked[0]!r} was too long and is stored in chunks: ask for '{chunked[0]}#0' and so on."
+        super().__init__(f"no such document in the store: {shown}. {remedy}", param="documents")
         self.document_ids = document_ids
 
 
@@ -151,7 +153,7 @@ class DocumentLostError(StoreError):
     def __init__(self, document_id: str) -> None:
         super().__init__(
             f"document {document_id!r}: its stored cache and its token ids are both damaged. "
-            "Send its text, or run precompute on it again.",
+            "Send its text, or run precompute on it with --replace.",
             param="documents",
         )
 

@@ -16,7 +16,14 @@ from typing import Literal
 import numpy as np
 
 from kvlink_core.encode import DocumentEncoder
-from kvlink_core.errors import DocumentLostError, DuplicateDocumentError, PayloadError, UnknownDocumentError
+from kvlink_core.errors import (
+    DocumentLostError,
+    DuplicateDocumentError,
+    PayloadError,
+    PayloadForeignError,
+    StoreUnavailableError,
+    UnknownDocumentError,
+)
 from kvlink_core.fingerprint import token_digest
 from kvlink_core.models import LoadedModel
 from kvlink_core.store.catalog import CatalogRow
@@ -84,7 +91,7 @@ class DocumentResolver:
     Args:
         model: encodes what is missing.
         store: opened with the model's fingerprint, or ``None`` to encode everything.
-        refresh_after: least seconds between two looks for newly committed documents when one is not found.
+        refresh_after: least seconds between two looks for documents that were added or replaced.
     """
 
     def __init__(self, model: LoadedModel, store: DocumentStore | None = None, *, refresh_after: float = 1.0) -> None:
@@ -113,6 +120,7 @@ class DocumentResolver:
                         f"document id {document.id!r} comes with two different texts; give each its own id.",
                         param="documents",
                     )
+        self._refresh()
         token_ids = [self.model.layout.document_tokens(d) if isinstance(d, Document) else None for d in documents]
         by_id = self._by_id([d.id for d in documents if isinstance(d, DocumentRef)])
         digests = [None if t is None else digest_of(t) for t in token_ids]
@@ -125,22 +133,28 @@ class DocumentResolver:
 
     def _by_id(self, ids: list[str]) -> dict[str, CatalogRow]:
         found = self.store.lookup(ids) if self.store else {}
-        if self.store and len(found) < len(set(ids)) and self._refresh():
-            found = self.store.lookup(ids)
         missing = [i for i in dict.fromkeys(ids) if i not in found]
         if missing:
-            raise UnknownDocumentError(missing)
+            raise UnknownDocumentError(missing, chunked=[i for i in missing if self._is_chunked(i)])
         return found
 
-    def _refresh(self) -> bool:
-        """Look for new documents, at most once per ``refresh_after`` seconds over all threads."""
-        assert self.store is not None
+    def _is_chunked(self, document_id: str) -> bool:
+        """Whether precompute split the document: its chunks are there, it is not."""
+        return self.store is not None and bool(self.store.lookup([f"{document_id}#0"]))
+
+    def _refresh(self) -> None:
+        """Look for added and replaced documents, at most once per ``refresh_after`` seconds over all threads."""
+        if self.store is None or time.monotonic() - self._refreshed < self._refresh_after:
+            return
         with self._refresh_lock:
             if time.monotonic() - self._refreshed < self._refresh_after:
-                return False
-            changed = self.store.refresh()
+                return  # another thread did it meanwhile
+            # Counted from now also when it fails: a store that is away must not be asked for each request.
             self._refreshed = time.monotonic()
-            return changed
+            try:
+                self.store.refresh()
+            except StoreUnavailableError as error:
+                logger.warning("cannot look for new documents, going on with those known: %s", error)
 
     def fill_tokens(self, lookup: Lookup) -> list[list[int]]:
         """Token ids of every document, without loading caches.
@@ -156,6 +170,17 @@ class DocumentResolver:
                 if lookup.token_ids[i] is None and row:
                     lookup.token_ids[i] = tokens[row.token_digest]
         return [t for t in lookup.token_ids if t is not None]
+
+    def _misfit(self, cache: DocumentCache) -> PayloadForeignError | None:
+        """Why a sound payload is not one of this model, if so: its shape would be broadcast, not refused, later on."""
+        spec = self.model.spec
+        expected = (spec.layers, spec.kv_heads, cache.tokens, spec.head_dim)
+        if cache.keys.shape == cache.values.shape == expected and cache.keys.dtype == self.model.dtype:
+            return None
+        return PayloadForeignError(
+            f"keys {tuple(cache.keys.shape)} {cache.keys.dtype} and values {tuple(cache.values.shape)}, where this "
+            f"model has {expected} {self.model.dtype}"
+        )
 
     def _token_ids(self, row: CatalogRow) -> list[int]:
         assert self.store is not None
@@ -173,14 +198,15 @@ class DocumentResolver:
         if rows:
             assert self.store is not None
             for (digest, row), loaded in zip(rows.items(), self.store.load(list(rows.values())), strict=True):
-                if isinstance(loaded, PayloadError):
+                refused = loaded if isinstance(loaded, PayloadError) else self._misfit(loaded)
+                if refused is not None:
                     logger.warning(
                         "document %r: stored payload refused (%s: %s); computing it again",
-                        row.document_id, loaded.code, loaded,
+                        row.document_id, refused.code, refused,
                     )  # fmt: skip
                     self.counters.add(corrupt_payloads=1)
                     origins[digest] = "reencoded-corrupt"
-                else:
+                elif isinstance(loaded, DocumentCache):
                     caches[digest] = loaded
                     origins[digest] = "store"
         keys = [
