@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jinja2
@@ -20,7 +20,8 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from kvlink_core.errors import ConfigError, EmptyDocumentError, EmptyQuestionError, InputError, ModelError
+from kvlink_core.errors import EmptyDocumentError, EmptyQuestionError, InputError, ModelError
+from kvlink_core.template import DocumentTemplate, LinkTokens
 from kvlink_core.types import Document, Message
 
 #: For models that bring no chat template of their own (base models).
@@ -30,74 +31,6 @@ PLAIN_CHAT_TEMPLATE = (
 )
 
 SegmentKind = Literal["prefix", "mem_start", "document", "link", "mem_end", "suffix"]
-
-
-@dataclass(frozen=True, slots=True)
-class LinkTokens:
-    """The trained link tokens of a model (arXiv 2502.16002).
-
-    Attributes:
-        ids: token ids; document at place ``i`` (from 0) is followed by ``ids[i*k : i*k+k]`` when ``per_place``,
-            else by ``ids[0:k]`` at every place.
-        k: how many follow each document.
-        per_place: whether each place has tokens of its own.
-    """
-
-    ids: tuple[int, ...]
-    k: int
-    per_place: bool = False
-
-    def first(self, k: int) -> LinkTokens:
-        """The same tokens with only the first ``k`` of each place, for comparison.
-
-        Raises:
-            InputError: ``k`` is not from 1 to this ``k``.
-        """
-        if not 1 <= k <= self.k:
-            raise InputError(f"this model has {self.k} link tokens after a document; k must be from 1 to that.")
-        places = range(0, len(self.ids), self.k)
-        return LinkTokens(tuple(t for p in places for t in self.ids[p : p + k]), k, self.per_place)
-
-    def after(self, place: int) -> tuple[int, ...]:
-        """The link tokens after the document at ``place``.
-
-        Raises:
-            InputError: more documents than the model has link tokens for.
-        """
-        start = place * self.k if self.per_place else 0
-        if start + self.k > len(self.ids):
-            raise InputError(
-                f"this model has link tokens for {len(self.ids) // self.k} documents and was sent more; "
-                "send fewer, or use the linker 'reposition'.",
-                param="documents",
-            )
-        return self.ids[start : start + self.k]
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentTemplate:
-    """How a document becomes a string. ``{text}`` and ``{title}`` are the fields.
-
-    A template that names the document's place would tie its cache to that place, so there is no such field.
-    """
-
-    untitled: str = "{text}\n\n"
-    titled: str = "{title}\n{text}\n\n"
-
-    def __post_init__(self) -> None:
-        if "{text}" not in self.untitled or "{text}" not in self.titled or "{title}" not in self.titled:
-            raise ConfigError("a document template must contain {text}, and the titled one {title} as well.")
-
-    def render(self, document: Document) -> str:
-        """The document as one string; literal replacement, so braces in a text mean nothing."""
-        template = self.titled if document.title else self.untitled
-        before, after = template.split("{text}", 1)
-        title = document.title or ""
-        return before.replace("{title}", title) + document.text + after.replace("{title}", title)
-
-    def to_json(self) -> str:
-        """Canonical JSON, part of the fingerprint."""
-        return json.dumps(asdict(self), sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,17 +97,28 @@ class PromptLayout:
         self.link_tokens = link_tokens
         self._chat = tokenizer
         self.end_id: int | None = tokenizer.eos_token_id
-        self._chat_template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
+        self._chat_template = str(tokenizer.chat_template or PLAIN_CHAT_TEMPLATE)
         # Two tokenizers of our own: one that reads control tokens as plain text, one that knows them. Setting the
         # switch on a shared one around each call would be a race between threads.
-        definition = tokenizer.backend_tokenizer.to_str()
-        self._knowing, self._plain = Tokenizer.from_str(definition), Tokenizer.from_str(definition)
+        definition = json.loads(tokenizer.backend_tokenizer.to_str())
+        self._knowing = Tokenizer.from_str(json.dumps(definition))
+        links = link_tokens.ids if link_tokens else ()
+        # Not every control token is marked special: "<think>" of some chat templates is an ordinary added token.
+        control = [
+            token
+            for token in definition["added_tokens"]
+            if token["special"]
+            or token["content"] in self._chat_template
+            or token["id"] in (*mem_start, *mem_end, *links)
+        ]
+        for token in control:
+            token["special"] = True
+        self._control = tuple(token["content"] for token in control)
+        self._plain = Tokenizer.from_str(json.dumps(definition))
         self._plain.encode_special_tokens = True
         for each in (self._knowing, self._plain):
             each.no_truncation()
             each.no_padding()
-        added = self._knowing.get_added_tokens_decoder().values()
-        self._control = tuple(t.content for t in added if t.special)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated tokens, control tokens left out; incomplete UTF-8 shows as U+FFFD."""
@@ -186,7 +130,13 @@ class PromptLayout:
         return lambda token_id: stream.step(self._knowing, token_id)
 
     def plain_tokens(self, text: str) -> list[int]:
-        """Token ids of text from outside; control tokens in it stay text."""
+        """Token ids of text from outside; control tokens in it stay text.
+
+        Raises:
+            InputError: the text is not Unicode (it has half of a surrogate pair).
+        """
+        if not _is_unicode(text):
+            raise InputError("a text has half of a surrogate pair in it; send whole Unicode characters.")
         return list(self._plain.encode(text, add_special_tokens=False).ids)
 
     def document_tokens(self, document: Document) -> list[int]:
@@ -217,6 +167,8 @@ class PromptLayout:
         """
         if not messages or not messages[-1].content.strip():
             raise EmptyQuestionError("the last message has no text; ask something.", param="messages")
+        if not all(_is_unicode(m.content) for m in messages):
+            raise InputError("a message has half of a surrogate pair in it; send whole Unicode characters.")
         if messages[-1].role != "user":
             raise InputError("the last message must have the role 'user'.", param="messages")
         prefix, suffix = self._surroundings(messages, with_documents=bool(documents))
@@ -286,3 +238,12 @@ class PromptLayout:
                     *self._mixed_tokens(after, held),
                 ]
         return list(self._knowing.encode(rendered, add_special_tokens=False).ids)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -20,8 +20,9 @@ from kvlink_core.engine import Generation, SamplingParams
 from kvlink_core.errors import ConfigError
 from kvlink_core.linking import LinkedCache, get_linker
 from kvlink_core.models import LoadedModel
-from kvlink_core.prompt import LinkTokens, Prompt, Segment
+from kvlink_core.prompt import Prompt, Segment
 from kvlink_core.store import DocumentStore
+from kvlink_core.template import LinkTokens
 from kvlink_core.types import DocumentCache
 
 FULL, FLOOR = "full", "floor"

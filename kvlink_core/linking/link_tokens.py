@@ -12,7 +12,8 @@ from kvlink_core.errors import ConfigError
 from kvlink_core.linking.base import place_at_prompt_positions
 from kvlink_core.linking.linked_cache import LinkedCache
 from kvlink_core.models import LoadedModel
-from kvlink_core.prompt import LinkTokens, Prompt, PromptLayout
+from kvlink_core.prompt import Prompt, PromptLayout
+from kvlink_core.template import LinkTokens
 from kvlink_core.types import DocumentCache
 
 

@@ -88,6 +88,8 @@ def describe_model(source: str, *, device: str = "cpu", dtype: str | None = None
         file = read_layout_file(directory)
         weights = ""
     spec = spec_from_config(config)
+    if out := [i for i in file.token_ids if not 0 <= i < spec.vocab_size]:
+        raise ConfigError(f"kvlink.json names token {out[0]}, and the model's vocabulary has {spec.vocab_size}.")
     layout = read_layout(directory, file)
     return ModelDescription(
         name=file.name or directory.resolve().name,
@@ -99,7 +101,7 @@ def describe_model(source: str, *, device: str = "cpu", dtype: str | None = None
             model=f"{spec.model_type}-{spec.layers}x{config.hidden_size}-{architecture_digest(raw)[:16]}",
             weights=weights or weights_digest(directory),
             tokenizer=tokenizer_digest(directory),
-            rope=json.dumps(config.rope_parameters, sort_keys=True),
+            rope=json.dumps({k: v for k, v in raw.items() if "rope" in k or "rotary" in k}, sort_keys=True),
             dtype=str(chosen).removeprefix("torch."),
             template=layout.template.to_json(),
         ),
@@ -150,6 +152,13 @@ def _config(directory: Path) -> Any:
     if not (directory / "config.json").is_file():
         raise ModelNotFoundError(
             f"no model at {str(directory)!r}: it has no config.json. Give a Hugging Face directory, or 'embedded'.",
+            param="model",
+        )
+    if (directory / "adapter_config.json").is_file():
+        # transformers loads it where peft is installed and ignores it elsewhere: one directory, two models.
+        raise ConfigError(
+            f"{str(directory)!r} has an adapter beside the model; merge it into the weights and remove "
+            "adapter_config.json.",
             param="model",
         )
     if not any(directory.glob("*.safetensors")):

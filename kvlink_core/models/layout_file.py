@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import AutoTokenizer
 
 from kvlink_core.errors import ConfigError, ModelError, ModelNotFoundError
-from kvlink_core.prompt import DocumentTemplate, LinkTokens, PromptLayout
+from kvlink_core.prompt import PromptLayout
+from kvlink_core.template import DocumentTemplate, LinkTokens
 
 
 class _LinkTokensEntry(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    k: int
-    ids: tuple[int, ...]
+    k: int = Field(ge=1)
+    ids: tuple[Annotated[int, Field(ge=0)], ...]
     per_place: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not self.ids or len(self.ids) % self.k or (not self.per_place and len(self.ids) != self.k):
+            raise ValueError(f"{len(self.ids)} ids do not make k={self.k} of them after each document")
+        return self
 
 
 class LayoutFile(BaseModel):
@@ -35,6 +42,11 @@ class LayoutFile(BaseModel):
     mem_end: tuple[int, ...] = ()
     link_tokens: _LinkTokensEntry | None = None
     default_linker: str | None = None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All token ids that the file names."""
+        return (*self.mem_start, *self.mem_end, *(self.link_tokens.ids if self.link_tokens else ()))
 
     @property
     def linker(self) -> str:

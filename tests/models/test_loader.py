@@ -48,6 +48,33 @@ def test_a_missing_tensor(copy: Path) -> None:
         load_model(str(copy))
 
 
+def test_an_adapter_beside_the_model(copy: Path) -> None:
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="merge it"):
+        load_model(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"link_tokens": {"k": 0, "ids": []}}, "k"),
+        ({"link_tokens": {"k": 3, "ids": [1, 2]}}, "2 ids"),
+        ({"link_tokens": {"k": 1, "ids": [1, 2]}}, "2 ids"),
+        ({"link_tokens": {"k": 1, "ids": [-5]}}, "ids"),
+        ({"link_tokens": {"k": 1, "ids": [99_999]}}, "99999"),
+        ({"mem_end": [VOCABULARY]}, str(VOCABULARY)),
+        ({"documents_in": "assistant"}, "documents_in"),
+        ({"format": 2}, "format"),
+        ({"document_template": "no text"}, "template"),
+    ],
+)
+def test_impossible_layouts_are_refused_when_loading(copy: Path, change: dict[str, object], match: str) -> None:
+    layout = json.loads((copy / "kvlink.json").read_text())
+    (copy / "kvlink.json").write_text(json.dumps(layout | change))
+    with pytest.raises(ConfigError, match=match):
+        describe_model(str(copy))
+
+
 def test_no_fast_tokenizer(copy: Path) -> None:
     (copy / "tokenizer.json").unlink()
     with pytest.raises(ModelNotFoundError, match="tokenizer"):
