@@ -29,8 +29,8 @@ eval_app = typer.Typer(help="Measure quality.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 
-stdout = Console()
-stderr = Console(stderr=True)
+stdout = Console(emoji=False)
+stderr = Console(stderr=True, emoji=False)
 
 Model = Annotated[str, typer.Option(help="`embedded`, a Hugging Face directory, or `random:SHAPE`.")]
 Device = Annotated[str, typer.Option(help="Torch device, e.g. `cpu` or `cuda`.")]
@@ -41,6 +41,21 @@ def _bar() -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=stderr
     )
+
+
+def _probe(path: Path | None) -> None:
+    """Learn before the work, not after it, that a result cannot be written.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if path is None:
+        return
+    try:
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"cannot write to {str(path)!r}: {error.strerror}.") from error
 
 
 def _version(value: bool) -> None:
@@ -100,8 +115,9 @@ def ask(
         )
     )
     for event in answer:
-        stdout.print(event.text, end="", markup=False, highlight=False, soft_wrap=True)
-    stdout.print()
+        sys.stdout.write(event.text)  # as it is: rich would read markup, and wrap
+        sys.stdout.flush()
+    sys.stdout.write("\n")
     usage, t = answer.usage, answer.timings
     stderr.print(
         f"[dim]{answer.linker}: {usage.prompt_tokens} prompt tokens, {usage.cached_tokens} cached, "
@@ -119,7 +135,10 @@ def sample_command(
     """Write a sample corpus of generated worlds, with questions that it answers."""
     from kvlink_core.evaluation.sample import write_sample
 
-    documents, asked = write_sample(directory, worlds=worlds, questions=questions, first_seed=first_seed)
+    try:
+        documents, asked = write_sample(directory, worlds=worlds, questions=questions, first_seed=first_seed)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {str(directory)!r}: {error.strerror}.") from error
     stdout.print(f"wrote {documents} documents and {asked} questions to {directory}")
 
 
@@ -148,6 +167,7 @@ def bench_ttft(
     from kvlink_core.benchmark.ttft import FLOOR, FULL, Case, measure
     from kvlink_core.models import load_model
 
+    _probe(output)
     case = Case(documents, document_tokens, query_tokens, links)
     loaded = load_model(model, device=device, dtype=dtype)
     with tempfile.TemporaryDirectory(prefix="kvlink-bench-") as scratch, _bar() as bar:
@@ -207,6 +227,7 @@ def eval_worlds(
     from kvlink_core.evaluation.worlds import Condition, accuracy, evaluate
     from kvlink_core.models import load_model
 
+    _probe(output)
     names = condition or ["full", "link-tokens", "link-tokens:1", "reposition"]
     conditions = []
     for name in names:

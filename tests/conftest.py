@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ.update(
+    # Tiny models gain nothing from threads, and spinning ones starve whatever else a test has started.
+    OMP_NUM_THREADS="1",
     HF_HUB_OFFLINE="1",
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
@@ -37,6 +39,6 @@ def ray_session() -> Iterator[None]:
     """One local Ray for all tests that need one."""
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=100_000_000)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
     yield
     ray.shutdown()

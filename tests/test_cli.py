@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvlink_core.cli import main
+from kvlink_core.engine import TokenEvent
 
 
 @dataclass
@@ -77,7 +78,11 @@ def test_ask(kvlink: Kvlink, tiny_model_dir: Path) -> None:
         (["ask", "Where?", "--model", "MODEL", "--max-tokens", "0"], "max_tokens"),
         (["ask", "Where?", "--model", "MODEL", "--device", "cuda:77"], "cuda:77"),
         (["bench", "ttft", "--model", "random:llama-9z"], "unknown shape"),
+        (["ask", "x\udcff", "--model", "MODEL"], "surrogate"),
         (["eval", "worlds", "--model", "MODEL", "--condition", "link-tokens:x"], "whole number"),
+        (["eval", "worlds", "--model", "MODEL", "--jsonl", "/nowhere/x"], "cannot write to '/nowhere/x'"),
+        (["bench", "ttft", "--model", "MODEL", "--json", "/nowhere/x"], "cannot write to '/nowhere/x'"),
+        (["sample", "/proc/nothing"], "cannot write to '/proc/nothing'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -88,6 +93,12 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_an_answer_is_printed_as_it_is(kvlink: Kvlink, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = ":smile: [bold]x[/bold] " + "word " * 60
+    monkeypatch.setattr("kvlink_core.session.Answer.__iter__", lambda _: iter([TokenEvent(text, (1,), "stop")]))
+    assert kvlink("ask", "Where?", "--model", str(tiny_model_dir)).stdout == text + "\n"
 
 
 def test_bench_measures_every_candidate_and_writes_json(kvlink: Kvlink, tiny_model_dir: Path, tmp_path: Path) -> None:
