@@ -69,6 +69,14 @@ class Prompt:
         return torch.tensor([t for s in self.segments for t in s.token_ids], dtype=torch.int64)
 
 
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Token ids of a conversation before and after the place of its documents."""
+
+    prefix: Sequence[int]
+    suffix: Sequence[int]
+
+
 class PromptLayout:
     """How one model's prompts are laid out.
 
@@ -154,12 +162,15 @@ class PromptLayout:
     def build(
         self, messages: Sequence[Message], documents: Sequence[Sequence[int]], *, links: LinkTokens | None
     ) -> Prompt:
-        """Lay out a prompt.
+        """Lay out a prompt: ``frame`` and ``assemble`` in one."""
+        return self.assemble(self.frame(messages, with_documents=bool(documents)), documents, links=links)
+
+    def frame(self, messages: Sequence[Message], *, with_documents: bool) -> Frame:
+        """Render and tokenise the conversation, all but the documents.
 
         Args:
             messages: the conversation; the last one is the question and must come from the user.
-            documents: token ids of each document, in order; may be empty.
-            links: the link tokens to put after each document, or ``None`` for none.
+            with_documents: whether there will be documents.
 
         Raises:
             EmptyQuestionError: no message, or the last one has no text.
@@ -171,8 +182,20 @@ class PromptLayout:
             raise InputError("a message has half of a surrogate pair in it; send whole Unicode characters.")
         if messages[-1].role != "user":
             raise InputError("the last message must have the role 'user'.", param="messages")
-        prefix, suffix = self._surroundings(messages, with_documents=bool(documents))
-        runs: list[tuple[SegmentKind, Sequence[int], int | None]] = [("prefix", prefix, None)]
+        return Frame(*self._surroundings(messages, with_documents=with_documents))
+
+    def assemble(self, frame: Frame, documents: Sequence[Sequence[int]], *, links: LinkTokens | None) -> Prompt:
+        """Put documents into a frame.
+
+        Args:
+            frame: made with ``with_documents`` exactly when there are documents.
+            documents: token ids of each document, in order; may be empty.
+            links: the link tokens to put after each document, or ``None`` for none.
+
+        Raises:
+            InputError: more documents than the model has link tokens for.
+        """
+        runs: list[tuple[SegmentKind, Sequence[int], int | None]] = [("prefix", frame.prefix, None)]
         if documents:
             runs.append(("mem_start", self.mem_start, None))
             for i, token_ids in enumerate(documents):
@@ -181,7 +204,7 @@ class PromptLayout:
                 if links is not None:
                     runs.append(("link", links.after(i), i))
             runs.append(("mem_end", self.mem_end, None))
-        runs.append(("suffix", suffix, None))
+        runs.append(("suffix", frame.suffix, None))
         segments, at = [], 0
         for kind, token_ids, document in runs:
             if token_ids:

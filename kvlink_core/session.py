@@ -14,7 +14,7 @@ from kvlink_core.engine import Generation, SamplingParams, TokenEvent
 from kvlink_core.errors import PromptTooLongError
 from kvlink_core.linking import Linker, get_linker
 from kvlink_core.models import LoadedModel
-from kvlink_core.prompt import Prompt
+from kvlink_core.prompt import Frame, Prompt
 from kvlink_core.store import DocumentStore
 from kvlink_core.store.resolver import Counters, DocumentResolver, Lookup, ResolvedDocument
 from kvlink_core.types import Document, DocumentCache, DocumentRef, Message
@@ -117,14 +117,6 @@ class Session:
         """What happened since start."""
         return self._resolver.counters
 
-    def validate(self, request: AnswerRequest) -> None:
-        """Everything that can be refused before a payload is loaded or a token computed.
-
-        Raises:
-            InputError: see its subclasses.
-        """
-        self._plan(request)
-
     def start(self, request: AnswerRequest) -> Answer:
         """Answer; returns when the first token is known.
 
@@ -133,7 +125,7 @@ class Session:
             StoreUnavailableError: the store does not answer and a document is known by its id alone.
         """
         started = time.perf_counter()
-        linker, lookup, max_tokens = self._plan(request)
+        linker, lookup, frame, max_tokens = self._plan(request)
         looked_up = time.perf_counter()
         caches: list[DocumentCache] = []
         if linker.uses_caches and lookup.ids:
@@ -141,7 +133,7 @@ class Session:
         else:
             lengths = zip(lookup.ids, lookup.lengths, strict=True)
             resolved = [ResolvedDocument(i, n, None) for i, n in lengths]
-        prompt = self._prompt(request, linker, self._resolver.fill_tokens(lookup))
+        prompt = self._prompt(frame, linker, self._resolver.fill_tokens(lookup))
         loaded = time.perf_counter()
         linked = linker.link(self.model, prompt, caches, reserve=max_tokens)
         computed_tokens = linked.computed_tokens
@@ -160,19 +152,19 @@ class Session:
             Timings(looked_up - started, loaded - looked_up, linked_at - loaded, done - linked_at, done - started),
         )
 
-    def _plan(self, request: AnswerRequest) -> tuple[Linker, Lookup, int]:
-        """Choose the linker, find the documents, and check that all of it fits."""
+    def _plan(self, request: AnswerRequest) -> tuple[Linker, Lookup, Frame, int]:
+        """Choose the linker, find the documents, and check that all of it fits, before anything is loaded."""
         request.sampling.validate()
         linker = get_linker(request.linker or self.model.default_linker)
+        frame = self.model.layout.frame(request.messages, with_documents=bool(request.documents))
         lookup = self._resolver.lookup(request.documents)
-        stand_ins = [[0] * n for n in lookup.lengths]
-        length = self._prompt(request, linker, stand_ins).length
+        length = self._prompt(frame, linker, [[0] * n for n in lookup.lengths]).length
         room = self.model.context_length - length
         if room < 1:
             raise PromptTooLongError(length, self.model.context_length)
-        return linker, lookup, min(room, request.sampling.max_tokens)
+        return linker, lookup, frame, min(room, request.sampling.max_tokens)
 
-    def _prompt(self, request: AnswerRequest, linker: Linker, documents: Sequence[Sequence[int]]) -> Prompt:
+    def _prompt(self, frame: Frame, linker: Linker, documents: Sequence[Sequence[int]]) -> Prompt:
         layout = self.model.layout
         links = linker.links(layout) if documents else None
-        return layout.build(request.messages, documents, links=links)
+        return layout.assemble(frame, documents, links=links)

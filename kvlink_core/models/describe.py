@@ -77,7 +77,7 @@ def describe_model(source: str, *, device: str = "cpu", dtype: str | None = None
         raise ConfigError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}.", param="dtype")
     directory = _directory(source)
     if source.startswith(RANDOM):
-        config, weights = named_shape(source.removeprefix(RANDOM)).config, f"{RANDOM}0"
+        config, weights = named_shape(source.removeprefix(RANDOM)), f"{RANDOM}0"
         raw = config.to_diff_dict()
         chosen = DTYPES[dtype or "float32"]
         file = read_layout_file(directory).model_copy(update={"name": source, "default_linker": None})
