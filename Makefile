@@ -17,10 +17,12 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "KVLink needs Python 3.11 or newer; this is %s. Try: make PYTHON=python3.11" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 
-# torch comes first and pinned: left to a range, pip may pick a build with gigabytes of CUDA that nobody asked for.
+# torch comes first and pinned. From pip's default index it brings CUDA (gigabytes) on x86-64 Linux; for its CPU build,
+# name PyTorch's index of CPU wheels: make demo TORCH_INDEX_URL=...
+TORCH_INDEX_URL ?=
 $(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing KVLink and its pinned dependencies into $(VENV) (about 3 minutes the first time)"
-	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[ray,s3]'
 	@touch $@
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +51,21 @@ def step(title: str) -> None:
     console.print(f"\n[bold]{title}[/bold]")
 
 
-def run(arguments: list[str], log: str | None = None) -> None:
-    """Run a program to its end; its output goes to the terminal, or to ``runs/demo/<log>`` when given."""
-    if log is None:
-        code = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, check=False).returncode
-        where = "its output is above"
-    else:
-        with (RUN / log).open("wb") as file:
-            code = subprocess.run(
-                arguments, cwd=ROOT, env=ENVIRONMENT, check=False, stdout=file, stderr=subprocess.STDOUT
-            ).returncode
-        where = f"its output is in {(RUN / log).relative_to(ROOT)}"
+def run(arguments: list[str]) -> None:
+    """Run a program to its end; its output goes to the terminal."""
+    code = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, check=False).returncode
     if code:
-        raise DemoError(f"{' '.join(arguments[1:3])} ended with exit code {code}; {where}.")
+        raise DemoError(f"{' '.join(arguments[1:4])} ended with exit code {code}; its output is above.")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One streamed answer: as it came, milliseconds to its first text, tokens cached and generated."""
+
+    text: str
+    first_ms: float
+    cached: int
+    completion: int
 
 
 def free_port() -> int:
@@ -113,8 +116,8 @@ def wait_until_healthy(client: httpx.Client, process: subprocess.Popen[bytes], l
     raise DemoError(f"the service was not healthy after 120 s; see {log.relative_to(ROOT)}.")
 
 
-def ask(client: httpx.Client, question: dict[str, Any], linker: str, max_tokens: int = 48) -> tuple[str, float, int]:
-    """Stream one answer: (text, milliseconds to its first text, cached tokens)."""
+def ask(client: httpx.Client, question: dict[str, Any], linker: str, max_tokens: int = 48) -> Reply:
+    """Stream one answer."""
     body = {
         "model": "kvlink-embedded",
         "messages": [{"role": "user", "content": question["question"]}],
@@ -125,7 +128,7 @@ def ask(client: httpx.Client, question: dict[str, Any], linker: str, max_tokens:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    text, first, cached, finished = "", None, 0, False
+    text, first, usage, finished = "", None, None, False
     started = time.perf_counter()
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
@@ -142,10 +145,11 @@ def ask(client: httpx.Client, question: dict[str, Any], linker: str, max_tokens:
                     first = time.perf_counter() - started
                 text += piece
                 if event.get("usage"):
-                    cached = event["usage"]["prompt_tokens_details"]["cached_tokens"]
-    if not finished:
-        raise DemoError("a stream ended without [DONE].")
-    return text.strip(), 1e3 * (first if first is not None else time.perf_counter() - started), cached
+                    usage = event["usage"]
+    if not finished or usage is None:
+        raise DemoError("a stream ended without its usage and [DONE].")
+    seconds = first if first is not None else time.perf_counter() - started
+    return Reply(text, 1e3 * seconds, usage["prompt_tokens_details"]["cached_tokens"], usage["completion_tokens"])
 
 
 def ask_all(client: httpx.Client, questions: list[dict[str, Any]]) -> tuple[int, int]:
@@ -161,11 +165,11 @@ def ask_all(client: httpx.Client, questions: list[dict[str, Any]]) -> tuple[int,
         answer, cached = "", 0
         for round_number in range(ROUNDS + 1):
             for linker in times:
-                text, ms, hits = ask(client, question, linker)
+                reply = ask(client, question, linker)
                 if linker == LINKED:
-                    answer, cached = text, hits
+                    answer, cached = reply.text.strip(), reply.cached
                 if round_number:
-                    times[linker].append(ms)
+                    times[linker].append(reply.first_ms)
         correct = answer == question["answer"]
         right += correct
         full, linked = (statistics.median(times[name]) for name in ("full", LINKED))
@@ -188,10 +192,11 @@ def show_large_shape() -> None:
         "--linker", LINKED, "--repeats", "3", "--json", str(output),
     ])  # fmt: skip
     rows = {r["name"]: statistics.median(r["seconds"]) for r in json.loads(output.read_text())["rows"]}
-    console.print(
-        f"full {rows['full']:.2f} s, linked {rows[LINKED]:.3f} s: "
-        f"[bold]{100 * rows[LINKED] / rows['full']:.1f} %[/bold] of the time to first token."
-    )
+    for name, what in ((LINKED, "caches in memory"), (f"{LINKED}, from disk", "caches read from disk, checked")):
+        console.print(
+            f"full {rows['full']:.2f} s, linked {rows[name]:.3f} s ({what}): "
+            f"[bold]{100 * rows[name] / rows['full']:.1f} %[/bold] of the time to first token."
+        )
 
 
 NEXT = """
@@ -213,7 +218,7 @@ def main() -> int:
         step("1. Precompute: examples/corpus.jsonl -> caches in runs/demo/store (Ray Data)")
         run([
             sys.executable, "pipeline/precompute.py", "--input", "examples/corpus.jsonl",
-            "--store", str(STORE), "--model", "embedded", "--summary-json", str(RUN / "precompute.json"),
+            "--store", str(STORE), "--ray-address", "local", "--model", "embedded", "--summary-json", str(RUN / "precompute.json"),
         ])  # fmt: skip
         step("2. Serve them (Ray Serve), ask over HTTP with and without reuse")
         with service(STORE, RUN) as client:
