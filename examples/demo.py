@@ -218,7 +218,8 @@ def main() -> int:
         step("1. Precompute: examples/corpus.jsonl -> caches in runs/demo/store (Ray Data)")
         run([
             sys.executable, "pipeline/precompute.py", "--input", "examples/corpus.jsonl",
-            "--store", str(STORE), "--ray-address", "local", "--model", "embedded", "--summary-json", str(RUN / "precompute.json"),
+            "--store", str(STORE), "--model", "embedded", "--ray-address", "local",
+            "--summary-json", str(RUN / "precompute.json"),
         ])  # fmt: skip
         step("2. Serve them (Ray Serve), ask over HTTP with and without reuse")
         with service(STORE, RUN) as client:
