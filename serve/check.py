@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 from ray.serve.schema import HTTPOptionsSchema, LoggingConfig, ServeApplicationSchema, ServeDeploySchema
 
 from kvlink_core.errors import ConfigError, KVLinkError
@@ -28,23 +29,33 @@ def check_file(path: Path) -> None:
     """
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
         raise ConfigError(f"cannot read {str(path)!r}: {error}") from error
     _known(content, ServeDeploySchema, "the file")
     _known(content.get("http_options", {}), HTTPOptionsSchema, "http_options")
     _known(content.get("logging_config", {}), LoggingConfig, "logging_config")
     if "host" not in content.get("http_options", {}):
         raise ConfigError("http_options.host is missing, and Serve would listen on 0.0.0.0; give 127.0.0.1.")
-    for application in content.get("applications", []):
+    applications = content.get("applications")
+    if not isinstance(applications, list) or not applications:
+        raise ConfigError("applications must be a list of at least one application.")
+    for application in applications:
         _known(application, ServeApplicationSchema, "an application")
-        if application.get("import_path") == IMPORT_PATH:
+    try:
+        ServeDeploySchema.model_validate(content)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in fault["loc"]) or "the file"
+        raise ConfigError(f"{place}: {fault['msg']}") from error
+    for application in applications:
+        if application["import_path"] == IMPORT_PATH:
             check(ServiceConfig.model_validate(application.get("args", {})).absolute())
 
 
 def _known(content: Any, schema: Any, where: str) -> None:
     if not isinstance(content, dict):
-        raise ConfigError(f"{where} must be a mapping, not {type(content).__name__}.")
-    unknown = sorted(set(content) - set(schema.model_fields))
+        raise ConfigError(f"{where} must be a mapping, not {'empty' if content is None else type(content).__name__}.")
+    unknown = sorted(set(content) - set(schema.model_fields), key=str)
     if unknown:
         raise ConfigError(f"unknown key {unknown[0]!r} in {where}; Serve knows {', '.join(schema.model_fields)}.")
 

@@ -72,7 +72,7 @@ class RayEngine:
                 self._heard = time.monotonic()
                 yield event
             done = True
-        except Exception as error:
+        except Exception as error:  # Ray raises its own errors, the replica's and gRPC's: each must end the answer
             done = True
             yield Failed(self._fault(error))
         finally:
@@ -82,7 +82,7 @@ class RayEngine:
     async def _ask(self, method: str) -> Any:
         try:
             answer = await getattr(self._handle, method).remote()
-        except Exception as error:
+        except Exception as error:  # as in generate
             raise ApiException(self._fault(error)) from error
         self._heard = time.monotonic()
         return answer

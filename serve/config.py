@@ -78,6 +78,8 @@ class IngressSettings(_Settings):
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
     max_documents: int = Field(default=64, ge=1)
     max_messages: int = Field(default=256, ge=1)
+    # An answer's KV cache is reserved whole before its first token, so its length must not be the client's to choose.
+    max_tokens: int = Field(default=4096, ge=1, description="longest answer that a request may ask for")
 
 
 class SamplingDefaults(_Settings):
@@ -107,6 +109,15 @@ class ServiceConfig(_Settings):
     sampling: SamplingDefaults = SamplingDefaults()
     engine: EngineSettings = EngineSettings()
     ingress: IngressSettings = IngressSettings()
+
+    @model_validator(mode="after")
+    def _default_is_allowed(self) -> Self:
+        if self.sampling.max_tokens > self.ingress.max_tokens:
+            raise ValueError(
+                f"sampling.max_tokens ({self.sampling.max_tokens}) is larger than "
+                f"ingress.max_tokens ({self.ingress.max_tokens})"
+            )
+        return self
 
     @model_validator(mode="wrap")
     @classmethod

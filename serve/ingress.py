@@ -176,7 +176,7 @@ async def _stream(
                 if isinstance(event, Failed):
                     raise ApiException(event.error)
                 piece = event
-        except Exception as error:
+        except Exception as error:  # the status is sent: only an event can still say that the answer is not whole
             if not isinstance(error, ApiException):
                 logger.exception("request %s broke off", asked.request_id)
             yield sse(json.dumps(api_error(error).body()))
@@ -211,7 +211,7 @@ class _Guard:
 
         try:
             await self._app(scope, limited_receive, watching_send)
-        except Exception as error:
+        except Exception as error:  # outermost: beyond it stands only Serve, which answers with a traceback
             logger.exception("request %s failed", request_id(scope))
             if not started:
                 await _response(api_error(error))(scope, receive, send)

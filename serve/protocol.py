@@ -154,8 +154,8 @@ class ChatCompletionRequest(_Body):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0, le=2**31 - 1, description="0: all tokens.")
-    max_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stop: (
         Annotated[
@@ -256,7 +256,7 @@ def engine_request(
     """What the engine is asked, defaults filled in.
 
     Raises:
-        ApiException: more documents or messages than allowed, or nothing asked.
+        ApiException: more documents, messages or tokens than allowed, or nothing asked.
     """
     documents = body.documents or []
     if len(documents) > limits.max_documents:
@@ -266,6 +266,9 @@ def engine_request(
     if not body.messages[-1].text.strip():
         raise _refused("the last message has no text; ask something.", "messages", "empty_question")
     max_tokens = body.max_completion_tokens or body.max_tokens or defaults.max_tokens
+    if max_tokens > limits.max_tokens:
+        name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+        raise _refused(f"{name} is {max_tokens}, and at most {limits.max_tokens} is allowed.", name)
     stop = body.stop or ()
     return EngineRequest(
         request_id=request_id,

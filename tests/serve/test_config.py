@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from kvlink_core.errors import KVLinkError
-from serve.check import check_file
+from serve.check import check_file, main
 from serve.config import ServiceConfig, StartupError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "serve" / "configs").glob("*.yaml"))
@@ -40,6 +40,10 @@ def test_a_dumped_configuration_is_read_back_the_same() -> None:
         ({"store": "x", "engine.num_cpus": "-1"}, "setting 'engine.num_cpus': Input should be greater"),
         ({"store": "x", "engine.num_cpus": "nan"}, "setting 'engine.num_cpus': Input should be a finite number"),
         ({"store": "x", "engine.autoscaling.min_replicas": "2"}, "min_replicas (2) is larger than max_replicas (1)"),
+        (
+            {"store": "x", "ingress.max_tokens": "64"},
+            "sampling.max_tokens (128) is larger than ingress.max_tokens (64)",
+        ),
         ({"store": "x", "engine": "fast", "engine.num_cpus": "1"}, "'engine' is given a value of its own"),
         ({"store": "x", "sampling.temperature": "3"}, "setting 'sampling.temperature': Input should be less"),
     ],
@@ -77,7 +81,21 @@ def test_shipped_configurations_are_sound(path: Path, tmp_path: Path) -> None:
         ({"http_option": {}}, "unknown key 'http_option' in the file"),
         ({"http_options": {"host": "127.0.0.1", "prot": 1}}, "unknown key 'prot' in http_options"),
         ({"http_options": {}}, "http_options.host is missing"),
+        ({"http_options": None}, "http_options must be a mapping, not empty"),
+        ({"http_options": {"host": "127.0.0.1", "port": [1]}}, "http_options.port: Input should be a valid integer"),
+        ({"logging_config": [1]}, "logging_config must be a mapping, not list"),
         ({"applications": [{"route": "/"}]}, "unknown key 'route' in an application"),
+        ({"applications": None}, "applications must be a list"),
+        ({"applications": []}, "applications must be a list"),
+        ({"applications": {"name": "kvlink"}}, "applications must be a list"),
+        ({"applications": [None]}, "an application must be a mapping, not empty"),
+        ({"applications": [["kvlink"]]}, "an application must be a mapping, not list"),
+        ({"applications": [{1: 2, "a": 3}]}, "unknown key 1 in an application"),
+        ({"applications": [{"name": "kvlink"}]}, "applications.0.import_path: Field required"),
+        ({"applications": [{"import_path": "serve.app:build_app", "args": None}]}, "applications.0.args"),
+        ({"applications": [{"import_path": "serve.app:build_app", "args": ["x"]}]}, "applications.0.args"),
+        ({"args": {"engine": ["x"]}}, "setting 'engine'"),
+        ({"args": {"engine": {1: 2}}}, "setting 'engine"),
         ({"args": {"stroe": "x"}}, "unknown setting 'stroe'"),
         ({"args": {"linker": "glue"}}, "unknown linker 'glue'"),
         ({"args": {"store": "/nonexistent/store"}}, "no KVLink store"),
@@ -88,12 +106,37 @@ def test_faults_of_a_configuration_file_are_found(changes: dict[str, Any], said:
     with pytest.raises(KVLinkError) as caught:
         check_file(edited(CONFIGS[-1], tmp_path, **changes))
     assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "the file must be a mapping, not empty"),
+        ("- a list", "the file must be a mapping, not list"),
+        ("a: [", "cannot read"),
+        ("a: 2024-99-99", "cannot read"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_one_line_and_exit_code_2(
+    content: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(content, "utf-8")
+    monkeypatch.setattr("sys.argv", ["serve.check", str(path)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Error: ")
+    assert said in line
 
 
 def edited(path: Path, tmp_path: Path, *, args: dict[str, Any] | None = None, **changes: Any) -> Path:
     """A copy of a configuration file with some keys, or some settings, replaced."""
     content = yaml.safe_load(path.read_text("utf-8")) | changes
-    content["applications"][0].setdefault("args", {}).update(args or {})
+    if args:
+        content["applications"][0].setdefault("args", {}).update(args)
     copy = tmp_path / "serve.yaml"
     copy.write_text(yaml.safe_dump(content), "utf-8")
     return copy

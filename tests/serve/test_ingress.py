@@ -252,6 +252,31 @@ def test_bad_requests_are_openai_errors(path: str, request_: dict[str, Any], sta
     assert engine.asked == []
 
 
+HALF = "half a surrogate pair: \ud800"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"role": "user", "content": HALF}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]},
+        {"documents": [{"text": HALF}]},
+        {"documents": [{"text": "x", "title": HALF}]},
+        {"documents": [{"id": HALF}]},
+        {"stop": HALF},
+        {"stop": ["a", HALF]},
+        {"linker": HALF},
+        {"model": HALF},
+    ],
+)
+def test_text_that_no_encoding_takes_is_refused(fields: dict[str, Any]) -> None:
+    engine = ScriptedEngine()
+    response = send(engine, CHAT, content=json.dumps(ASK | fields), headers=JSON)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_value")
+    assert response.json()["error"]["param"].startswith(next(iter(fields)))
+    assert engine.asked == []
+
+
 def test_models_and_health() -> None:
     engine = ScriptedEngine()
     listed = send(engine, "/v1/models", method="GET").json()

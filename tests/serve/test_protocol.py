@@ -16,7 +16,7 @@ ASK: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "W
 
 def translate(**fields: Any) -> EngineRequest:
     body = ChatCompletionRequest.model_validate(ASK | fields)
-    limits = IngressSettings(max_documents=2, max_messages=3)
+    limits = IngressSettings(max_documents=2, max_messages=3, max_tokens=100)
     return engine_request(body, request_id="r", limits=limits, defaults=SamplingDefaults(max_tokens=77))
 
 
@@ -52,6 +52,10 @@ def test_everything_that_works_arrives() -> None:
         WireSampling(temperature=1.0, top_p=0.5, top_k=3, seed=-4, max_tokens=5, stop=("\n",)),
         stream=False,
     )
+
+
+def test_the_longest_answer_is_allowed() -> None:
+    assert translate(max_tokens=100).sampling.max_tokens == 100
 
 
 def test_defaults_fill_in_what_is_left_out_or_null() -> None:
@@ -96,7 +100,6 @@ def test_harmless_parameters_are_accepted() -> None:
         ({"top_p": float("inf")}, "top_p", "invalid_value"),
         ({"top_k": -1}, "top_k", "invalid_value"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
-        ({"max_tokens": 10**9}, "max_tokens", "invalid_value"),
         ({"max_tokens": 1.5}, "max_tokens", "invalid_value"),
         ({"max_tokens": True}, "max_tokens", "invalid_value"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, None, "invalid_value"),
@@ -134,6 +137,8 @@ def test_faults_are_named(fields: dict[str, Any], param: str | None, code: str) 
         ({"documents": [{"id": "a"}] * 3}, "invalid_value", "3 documents, and at most 2"),
         ({"messages": ASK["messages"] * 4}, "invalid_value", "4 messages, and at most 3"),
         ({"messages": [{"role": "user", "content": "\t "}]}, "empty_question", "ask something"),
+        ({"max_tokens": 101}, "invalid_value", "max_tokens is 101, and at most 100 is allowed"),
+        ({"max_completion_tokens": 10**30}, "invalid_value", f"max_completion_tokens is {10**30}, and at most 100"),
     ],
 )
 def test_limits(fields: dict[str, Any], code: str, said: str) -> None:
