@@ -98,10 +98,6 @@ class EngineServer:
         await self.check_health()
         return "ok"
 
-    async def running(self) -> int:
-        """Requests in this replica now."""
-        return self._running
-
     async def check_health(self) -> None:
         """Raise when the computing thread is stuck; Serve then replaces the replica."""
         if self._steps.busy_s > self._stuck_after_s:
@@ -134,7 +130,7 @@ class EngineServer:
                     # The first event goes out even without text: with it the HTTP status is decided.
                     yield Piece(held)
                     held, sent = "", True
-        except Exception as error:
+        except Exception as error:  # raised, it would reach the client as Ray's traceback, or as a cut stream
             yield Failed(self._fault(request, error))
         finally:
             self._running -= 1
