@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+
+import numpy as np
 
 #: Raised when the meaning of stored keys or values changes (DESIGN: keys unrotated, values as they are).
 CACHE_FORMAT_VERSION = 1
@@ -62,6 +64,18 @@ class Fingerprint:
         """The fields in which ``self`` and ``other`` differ, as ``{name: (self's, other's)}``."""
         mine, theirs = asdict(self), asdict(other)
         return {k: (mine[k], theirs[k]) for k in mine if mine[k] != theirs[k]}
+
+
+def token_bytes(token_ids: Sequence[int]) -> bytes:
+    """Token ids as they are stored and hashed: little-endian uint32."""
+    ids = np.asarray(token_ids, dtype=np.int64)
+    assert not ids.size or (ids.min() >= 0 and ids.max() < 2**32), "token ids beyond 32 bits"
+    return ids.astype("<u4").tobytes()
+
+
+def digest_of_tokens(token_ids: Sequence[int]) -> str:
+    """The token digest of a document of these token ids, as 64 hexadecimal digits."""
+    return token_digest(token_bytes(token_ids))
 
 
 def token_digest(token_ids: bytes) -> str:

@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kvlink_core.errors import InputError
+
+#: The longest document id, in bytes of UTF-8.
+MAX_DOCUMENT_ID_BYTES = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -69,3 +74,14 @@ class DocumentCache:
     def nbytes(self) -> int:
         """Bytes of K and V."""
         return self.keys.nbytes + self.values.nbytes
+
+
+def check_document_id(document_id: str) -> None:
+    """The one rule for document ids: 1 to 1024 bytes of UTF-8, of any characters. Raises ``InputError``."""
+    try:
+        length = len(document_id.encode())
+    except UnicodeEncodeError as error:
+        raise InputError(f"document id {document_id[:60]!a} is not valid Unicode.") from error
+    if not 1 <= length <= MAX_DOCUMENT_ID_BYTES:
+        shown = document_id if length <= 60 else f"{document_id[:60]}..."
+        raise InputError(f"document id {shown!r} has {length} bytes; 1 to {MAX_DOCUMENT_ID_BYTES} are allowed.")

@@ -22,14 +22,13 @@ import torch
 from kvlink_core.chunking import chunk_document
 from kvlink_core.encode import DocumentEncoder
 from kvlink_core.errors import ConfigError, InputError, KVLinkError
-from kvlink_core.fingerprint import token_digest
+from kvlink_core.fingerprint import digest_of_tokens, token_bytes
 from kvlink_core.models import load_model
 from kvlink_core.models.describe import load_layout
 from kvlink_core.prompt import PromptLayout
 from kvlink_core.store import CatalogRow, DocumentStore
-from kvlink_core.store.manifest import check_document_id
 from kvlink_core.store.rows import from_micros, to_micros
-from kvlink_core.types import Document, DocumentCache
+from kvlink_core.types import Document, DocumentCache, check_document_id
 from pipeline.reading import BadRow
 from pipeline.tables import RESULT_SCHEMA, SCAN_SCHEMA, bad_row
 
@@ -76,8 +75,12 @@ def _key(document: Document, place: str, layout: PromptLayout, limit: int) -> li
     text_digest = hashlib.sha256(f"{document.title or ''}\0{document.text}".encode()).digest()
     keyed = []
     for chunk in chunks:
-        check_document_id(chunk.id)
-        token_ids = np.asarray(tokenize(chunk.text), dtype="<u4").tobytes()
+        try:
+            check_document_id(chunk.id)
+        except InputError as error:
+            error.code = "invalid_id"  # as for the ids that are refused while reading
+            raise
+        token_ids = tokenize(chunk.text)
         keyed.append(
             {
                 "outcome": "ok",
@@ -86,10 +89,10 @@ def _key(document: Document, place: str, layout: PromptLayout, limit: int) -> li
                 "part": chunk.index,
                 "titled": document.title is not None,
                 "text_digest": text_digest,
-                "token_digest": token_digest(token_ids),
-                "tokens": len(token_ids) // 4,
+                "token_digest": digest_of_tokens(token_ids),
+                "tokens": len(token_ids),
                 "ticket": hashlib.sha256(f"{place}\0{chunk.index}".encode()).digest()[:16],
-                "token_ids": token_ids,
+                "token_ids": token_bytes(token_ids),
             }
         )
     return keyed
@@ -230,6 +233,8 @@ def _encode(encoder: DocumentEncoder, token_ids: list[list[int]]) -> list[Docume
     """All together; where that fails, one by one, so that only what fails alone is a failure."""
     try:
         return list(encoder.encode(token_ids))
+    # Broad on purpose: torch has no common root for what it raises (memory, numerics, a kernel), and whatever it was,
+    # the documents that are not at fault are to be computed. What is left is raised or reported below, never dropped.
     except Exception:
         logger.warning("a batch of %d documents failed; trying them one by one", len(token_ids), exc_info=True)
     caches: list[DocumentCache | Exception] = []

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import fields, replace
 
 import pytest
 
-from kvlink_core.fingerprint import Fingerprint
+from kvlink_core.fingerprint import Fingerprint, digest_of_tokens, token_bytes
 
 ONE = Fingerprint(model="m", weights="w", tokenizer="t", rope="r", dtype="float32", template="x")
 
@@ -32,3 +33,12 @@ def test_the_digest_is_fixed_for_ever() -> None:
 def test_other_fields_are_refused() -> None:
     with pytest.raises(ValueError, match="colour"):
         Fingerprint.from_mapping({"colour": "red"})
+
+
+def test_token_ids_as_bytes_and_their_digest_are_fixed_for_ever() -> None:
+    assert token_bytes([1, 258, 2**32 - 1]) == b"\1\0\0\0\2\1\0\0\xff\xff\xff\xff"
+    assert digest_of_tokens([1, 258]) == hashlib.sha256(b"\1\0\0\0\2\1\0\0").hexdigest()
+    assert token_bytes([]) == b""
+    for beyond in (-1, 2**32):
+        with pytest.raises(AssertionError):
+            token_bytes([beyond])

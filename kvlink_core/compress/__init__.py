@@ -8,6 +8,7 @@ from kvlink_core.compress.codec import (
     EncodedColumn,
     EncodedDocument,
     codec_spec,
+    dtype_name,
 )
 from kvlink_core.compress.registry import codec_names, get_codec, make_codec
 
@@ -20,6 +21,7 @@ __all__ = [
     "EncodedDocument",
     "codec_names",
     "codec_spec",
+    "dtype_name",
     "get_codec",
     "make_codec",
 ]

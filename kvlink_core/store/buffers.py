@@ -53,12 +53,6 @@ def column_of_array(name: str, chunked: pa.ChunkedArray) -> EncodedColumn:
     return EncodedColumn(tensor_of_buffer(run), tuple(lengths.tolist()))
 
 
-def token_bytes(token_ids: torch.Tensor) -> bytes:
-    """Token ids as they are stored and hashed: little-endian uint32."""
-    assert token_ids.numel() == 0 or (int(token_ids.min()) >= 0 and int(token_ids.max()) < 2**32)
-    return token_ids.cpu().numpy().astype("<u4").tobytes()
-
-
 def tokens_of_bytes(data: bytes) -> torch.Tensor:
-    """The reverse, as int64 ``[tokens]``."""
+    """Stored token ids (``fingerprint.token_bytes``) as int64 ``[tokens]``."""
     return torch.from_numpy(np.frombuffer(data, dtype="<u4").astype(np.int64))

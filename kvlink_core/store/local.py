@@ -85,6 +85,8 @@ class LocalStorage:
                 size = os.fstat(file.fileno()).st_size
                 file.seek(max(0, size - length))
                 return Tail(file.read(length) or b"", size)
+        except NotADirectoryError as error:
+            return FileNotFoundError(str(error))
         except OSError as error:
             return error
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvlink_core.compress import DTYPES, CacheShape
 from kvlink_core.compress.codec import ParamValue
-from kvlink_core.errors import ConfigError, CorpusError, PayloadCorruptError, PayloadForeignError
+from kvlink_core.errors import ConfigError, PayloadCorruptError, PayloadForeignError
 
 #: Version of the shard's format that this code writes, and the greatest that it reads.
 FORMAT_VERSION: Final = 1
@@ -21,7 +21,6 @@ FINGERPRINT_KEY = b"kvlink.fingerprint"
 
 NAMESPACE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 _SHARD_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
-_MAX_ID_BYTES = 1024
 
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -116,16 +115,6 @@ def check_namespace(namespace: str) -> None:
             f"namespace {namespace[:100]!r} is not 1 to 64 of A-Z a-z 0-9 . _ - (and no leading dot).",
             param="namespace",
         )
-
-
-def check_document_id(document_id: str) -> None:
-    """Raise ``CorpusError`` unless ``document_id`` is one that FORMAT.md allows."""
-    try:
-        length = len(document_id.encode())
-    except UnicodeEncodeError as error:
-        raise CorpusError(f"document id {document_id[:100]!a} is not valid Unicode.") from error
-    if not 1 <= length <= _MAX_ID_BYTES:
-        raise CorpusError(f"document id {document_id[:60]!r} has {length} bytes; 1 to {_MAX_ID_BYTES} are allowed.")
 
 
 def check_belongs(what: str, pairs: dict[str, tuple[str, str]]) -> None:

@@ -20,14 +20,8 @@ from kvlink_core.errors import (
     PayloadForeignError,
     UnknownCodecError,
 )
-from kvlink_core.fingerprint import token_digest
-from kvlink_core.store.buffers import (
-    array_of_column,
-    checksum,
-    column_of_array,
-    token_bytes,
-    tokens_of_bytes,
-)
+from kvlink_core.fingerprint import token_bytes, token_digest
+from kvlink_core.store.buffers import array_of_column, checksum, column_of_array, tokens_of_bytes
 from kvlink_core.store.manifest import (
     FINGERPRINT_KEY,
     FORMAT_KEY,
@@ -101,7 +95,7 @@ def write_payload(
     ) as writer:
         for document in documents:
             layers = document.shape.layers
-            tokens = [token_bytes(document.token_ids)] + [None] * (layers - 1)
+            tokens = [token_bytes(document.token_ids.tolist())] + [None] * (layers - 1)
             arrays = [pa.array(range(layers), pa.int32()), pa.array(tokens, pa.large_binary())]
             arrays += [array_of_column(document.columns[c.name]) for c in codec.columns]
             writer.write_table(pa.table(arrays, schema=schema), row_group_size=layers)
@@ -157,8 +151,8 @@ def parse_footer(shard: str, tail: bytes, size: int | None) -> Footer:
     """Parse a shard's footer, of which ``tail`` is at least all, and check it against the name.
 
     Raises:
-        PayloadCorruptError, PayloadForeignError, FormatVersionError: see FORMAT.md section 4.
-        UnknownCodecError: never; an unknown codec is reported as ``FormatVersionError``.
+        PayloadCorruptError, PayloadForeignError: see FORMAT.md section 4.
+        FormatVersionError: a newer format, or a codec that this version does not have.
     """
     length = footer_length(tail, shard, size)
     footer = tail[-length:]

@@ -137,10 +137,18 @@ class S3Storage:
         ends = [r.end or None for r in ranges]
         try:
             # Errors come back as values here, on purpose: they concern one file each, and each is looked at above.
-            return list(self._fs.cat_ranges(paths, [r.start for r in ranges], ends, on_error="return"))
+            found = self._fs.cat_ranges(paths, [r.start for r in ranges], ends, on_error="return")
         # Broad on purpose: what fails for all at once (no credentials, a closed loop) has no common type.
         except Exception as error:
             return [error] * len(ranges)
+        return [_shorter(item) if isinstance(item, Exception) else item for item in found]
+
+
+def _shorter(error: Exception) -> Exception:
+    """The answer that a range begins beyond the object's end is about the object, so no failure of the store's."""
+    answer = getattr(error.__cause__, "response", None)
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(answer, dict) else None
+    return EOFError(f"it ends before the bytes that are wanted ({describe(error)})") if status == 416 else error
 
 
 class _Window(io.RawIOBase):

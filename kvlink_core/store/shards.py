@@ -9,11 +9,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from kvlink_core.errors import PayloadCorruptError, PayloadError, PayloadMissingError
-from kvlink_core.fingerprint import token_digest
-from kvlink_core.store.buffers import tokens_of_bytes
+from kvlink_core.errors import PayloadCorruptError, PayloadError, PayloadMissingError, StoreUnavailableError
 from kvlink_core.store.manifest import check_shard_name
 from kvlink_core.store.payload import (
     Footer,
@@ -28,6 +25,7 @@ from kvlink_core.store.payload import (
 )
 from kvlink_core.store.rows import CatalogRow
 from kvlink_core.store.storage import Range, Storage, Tail, describe
+from kvlink_core.store.tokens import read_tokens
 from kvlink_core.types import DocumentCache
 
 #: Enough for the footers of shards of some two hundred documents in the first request.
@@ -87,7 +85,10 @@ class ShardReader:
         self._pool.shutdown()
 
     def load(self, rows: Sequence[CatalogRow]) -> list[DocumentCache | PayloadError]:
-        """The cache of each row, in order; a payload that must not be served is its error instead."""
+        """The cache of each row, in order; a payload that must not be served is its error instead.
+
+        Raises ``StoreUnavailableError`` when the store does not answer for one of them.
+        """
         footers = self._get_footers(list(dict.fromkeys(row.shard for row in rows)))
         places = [self._place(footers[row.shard], row) for row in rows]
         unique = list(dict.fromkeys(p for p in places if isinstance(p, Range)))
@@ -121,7 +122,8 @@ class ShardReader:
     def token_ids(self, rows: Sequence[CatalogRow]) -> list[list[int]]:
         """Token ids of each row, without K and V, from the shard or, where that fails, from the copy beside it.
 
-        Raises the shard's ``PayloadError`` when neither has them.
+        Raises the shard's ``PayloadError`` when neither has them, and ``StoreUnavailableError`` when the store does not
+        answer.
         """
         footers = self._get_footers(list(dict.fromkeys(row.shard for row in rows)))
         found: list[list[int]] = []
@@ -129,7 +131,7 @@ class ShardReader:
             try:
                 found.append(self._token_ids(footers[row.shard], row))
             except PayloadError:
-                copy = self._copied_token_ids(row)
+                copy = read_tokens(self._storage, row)
                 if copy is None:
                     raise
                 found.append(copy)
@@ -145,18 +147,6 @@ class ShardReader:
         if isinstance(source, Exception):
             raise _unreadable(row.shard, source)
         return read_token_ids(PayloadFile(source, footer), row.row_group)
-
-    def _copied_token_ids(self, row: CatalogRow) -> list[int] | None:
-        try:
-            check_shard_name(row.shard)
-            data = self._storage.read(f"tokens/{row.shard}")
-            with corrupt(row.shard):
-                table = pq.read_table(pa.BufferReader(data), columns=["token_ids"], use_threads=False)
-                copy = table["token_ids"][row.row_group].as_py()
-                return tokens_of_bytes(copy).tolist() if token_digest(copy) == row.token_digest else None
-        # Whatever is wrong with the copy, there is none then, and the shard's own error is the one to report.
-        except Exception:
-            return None
 
     def _place(self, footer: Footer | PayloadError, row: CatalogRow) -> Range | PayloadError:
         if isinstance(footer, PayloadError):
@@ -203,8 +193,15 @@ class ShardReader:
 
 
 def _unreadable(shard: str, error: Exception) -> PayloadError:
+    """What an error in the place of a shard's bytes says of the shard.
+
+    Raises ``StoreUnavailableError`` for one that says nothing of it: a time-out, a refusal, a lost connection. To call
+    the shard damaged then would have it computed again, or given up for lost, while it is sound.
+    """
     if isinstance(error, EOFError):
         return PayloadCorruptError(f"shard {shard} is torn: {error}")
     if isinstance(error, FileNotFoundError):
         return PayloadMissingError(f"shard {shard} is not there")
-    return PayloadMissingError(f"shard {shard} cannot be read: {describe(error)}")
+    if isinstance(error, pa.ArrowInvalid):  # an emptied file cannot be mapped
+        return PayloadCorruptError(f"shard {shard} cannot be read: {describe(error)}")
+    raise StoreUnavailableError(f"shard {shard} cannot be read: {describe(error)}") from error

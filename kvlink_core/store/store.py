@@ -9,10 +9,7 @@ from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import IO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from kvlink_core.compress import Codec, EncodedDocument, codec_spec, get_codec
+from kvlink_core.compress import Codec, EncodedDocument, codec_spec, dtype_name, get_codec
 from kvlink_core.errors import (
     DuplicateDocumentError,
     EmptyDocumentError,
@@ -20,9 +17,9 @@ from kvlink_core.errors import (
     PayloadError,
     PayloadForeignError,
 )
-from kvlink_core.fingerprint import Fingerprint, token_digest
+from kvlink_core.fingerprint import Fingerprint, digest_of_tokens
 from kvlink_core.store import layout
-from kvlink_core.store.buffers import checksum, token_bytes
+from kvlink_core.store.buffers import checksum
 from kvlink_core.store.catalog import Catalog, create_catalog
 from kvlink_core.store.manifest import (
     FORMAT_VERSION,
@@ -30,14 +27,14 @@ from kvlink_core.store.manifest import (
     ColumnEntry,
     DocumentEntry,
     Manifest,
-    check_document_id,
     check_namespace,
 )
 from kvlink_core.store.payload import write_payload
 from kvlink_core.store.rows import CatalogRow
 from kvlink_core.store.shards import ShardReader
 from kvlink_core.store.storage import Storage, open_storage
-from kvlink_core.types import DocumentCache
+from kvlink_core.store.tokens import write_tokens
+from kvlink_core.types import DocumentCache, check_document_id
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +133,8 @@ class DocumentStore:
 
         Raises:
             DuplicateDocumentError: one id with different tokens.
-            EmptyDocumentError, CorpusError: a cache of no tokens; an id that cannot be stored; too large a document.
+            EmptyDocumentError, InputError, CorpusError: a cache of no tokens; an id that cannot be stored; too large a
+                document.
             FingerprintMismatchError: a cache of another dtype than the fingerprint says.
             StoreUnavailableError: it cannot be written.
         """
@@ -149,7 +147,7 @@ class DocumentStore:
 
         def write(file: IO[bytes]) -> str:
             name = write_payload(file, manifest.to_bytes(), self.fingerprint.to_json(), self._codec, documents)
-            self._storage.publish("tokens", lambda copy: _write_tokens(copy, name, documents))
+            self._storage.publish("tokens", lambda copy: write_tokens(copy, name, documents))
             return name
 
         name = self._storage.publish("shards", write)
@@ -172,13 +170,13 @@ class DocumentStore:
             check_document_id(document_id)
             if cache.tokens == 0:
                 raise EmptyDocumentError(f"document {document_id!r} has no tokens.")
-            dtypes = {str(t.dtype).removeprefix("torch.") for t in (cache.keys, cache.values)}
+            dtypes = {dtype_name(t.dtype) for t in (cache.keys, cache.values)}
             if dtypes != {self.fingerprint.dtype}:
                 raise FingerprintMismatchError(
                     f"document {document_id!r} comes as {', '.join(sorted(dtypes))}, "
                     f"but the fingerprint says {self.fingerprint.dtype}."
                 )
-            digest = token_digest(token_bytes(cache.token_ids))
+            digest = digest_of_tokens(cache.token_ids.tolist())
             if digests.setdefault(document_id, digest) != digest:
                 raise DuplicateDocumentError(f"document id {document_id!r} comes with two different texts.")
             ids, caches = groups.setdefault(digest, ([], []))
@@ -227,7 +225,7 @@ class DocumentStore:
             self._fingerprint_written = True
 
     def alias(self, document_id: str, row: CatalogRow) -> CatalogRow:
-        """A row that gives the payload of ``row`` another id; still to be committed. Raises ``CorpusError``."""
+        """A row that gives the payload of ``row`` another id; still to be committed. Raises ``InputError``."""
         check_document_id(document_id)
         return replace(row, document_id=document_id, created_at=datetime.now(UTC))
 
@@ -275,7 +273,10 @@ class DocumentStore:
         return self._catalog.index.by_digest(token_digests)
 
     def load(self, rows: Sequence[CatalogRow]) -> list[DocumentCache | PayloadError]:
-        """The caches of ``rows``, in order; in the place of one that must not be served, the error that says why."""
+        """The caches of ``rows``, in order; in the place of one that must not be served, the error that says why.
+
+        Raises ``StoreUnavailableError`` when the store does not answer, which says nothing of the payloads.
+        """
         foreign = [r.namespace != self.namespace or r.fingerprint != self._digest for r in rows]
         loaded = iter(self._reader.load([r for r, other in zip(rows, foreign, strict=True) if not other]))
         return [
@@ -288,17 +289,10 @@ class DocumentStore:
     def token_ids(self, rows: Sequence[CatalogRow]) -> list[list[int]]:
         """Token ids of ``rows`` without K and V, also when a shard is damaged, from the copy kept beside it.
 
-        Raises a ``PayloadError`` for the first row whose token ids are nowhere to be had.
+        Raises a ``PayloadError`` for the first row whose token ids are nowhere to be had, and
+        ``StoreUnavailableError`` when the store does not answer.
         """
         for row in rows:
             if (row.namespace, row.fingerprint) != (self.namespace, self._digest):
                 raise PayloadForeignError(f"the row of document {row.document_id!r} belongs to another store")
         return self._reader.token_ids(rows)
-
-
-def _write_tokens(file: IO[bytes], name: str, documents: Sequence[EncodedDocument]) -> str:
-    tokens = [token_bytes(d.token_ids) for d in documents]
-    schema = pa.schema([("row_group", pa.int32()), ("token_ids", pa.large_binary())])
-    table = pa.table([pa.array(range(len(tokens)), pa.int32()), pa.array(tokens, pa.large_binary())], schema=schema)
-    pq.write_table(table, file, compression="NONE", use_dictionary=False, write_statistics=False)
-    return name

@@ -11,11 +11,11 @@ import torch
 from store_places import FINGERPRINT, Place, make_cache, same
 
 from kvlink_core.errors import (
-    CorpusError,
     DuplicateDocumentError,
     EmptyDocumentError,
     FingerprintMismatchError,
     FormatVersionError,
+    InputError,
     PayloadCorruptError,
     PayloadError,
     PayloadForeignError,
@@ -261,9 +261,9 @@ def test_a_directory_of_something_else_is_refused(place: Place) -> None:
     ("entries", "error"),
     [
         ([("a", make_cache(3, 1)), ("a", make_cache(3, 2))], DuplicateDocumentError),
-        ([("", make_cache(3, 1))], CorpusError),
-        ([("x" * 1025, make_cache(3, 1))], CorpusError),
-        ([("\ud800", make_cache(3, 1))], CorpusError),
+        ([("", make_cache(3, 1))], InputError),
+        ([("x" * 1025, make_cache(3, 1))], InputError),
+        ([("\ud800", make_cache(3, 1))], InputError),
         ([("a", make_cache(0, 1))], EmptyDocumentError),
         ([("a", make_cache(3, 1, torch.bfloat16))], FingerprintMismatchError),
     ],

@@ -1,0 +1,45 @@
+"""The token ids of a shard once more, beside it: what FORMAT.md section 3 says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kvlink_core.compress import EncodedDocument
+from kvlink_core.errors import PayloadError
+from kvlink_core.fingerprint import token_bytes, token_digest
+from kvlink_core.store.buffers import tokens_of_bytes
+from kvlink_core.store.manifest import check_shard_name
+from kvlink_core.store.payload import corrupt
+from kvlink_core.store.rows import CatalogRow
+from kvlink_core.store.storage import Storage
+
+DIRECTORY = "tokens"
+_SCHEMA = pa.schema([("row_group", pa.int32()), ("token_ids", pa.large_binary())])
+
+
+def write_tokens(file: IO[bytes], name: str, documents: Sequence[EncodedDocument]) -> str:
+    """Write the token ids of the documents of the shard ``name``; returns that name."""
+    tokens = [token_bytes(d.token_ids.tolist()) for d in documents]
+    table = pa.table([pa.array(range(len(tokens)), pa.int32()), pa.array(tokens, pa.large_binary())], schema=_SCHEMA)
+    pq.write_table(table, file, compression="NONE", use_dictionary=False, write_statistics=False)
+    return name
+
+
+def read_tokens(storage: Storage, row: CatalogRow) -> list[int] | None:
+    """The token ids of ``row``, or ``None`` where there is no sound copy of them.
+
+    Raises ``StoreUnavailableError`` when the store does not answer, which says nothing of the copy.
+    """
+    try:
+        check_shard_name(row.shard)
+        data = storage.read(f"{DIRECTORY}/{row.shard}")
+        with corrupt(row.shard):
+            table = pq.read_table(pa.BufferReader(data), columns=["token_ids"], use_threads=False)
+            copy = table["token_ids"][row.row_group].as_py()
+            return tokens_of_bytes(copy).tolist() if token_digest(copy) == row.token_digest else None
+    except (FileNotFoundError, PayloadError):
+        return None
