@@ -24,6 +24,7 @@ HELP = """
 Compute the KV cache of every document of a corpus, once, and store it.
 
 What the store already has is skipped, so running the job again is cheap, and a killed run is completed by the next.
+With --replace nothing is skipped: what is damaged in the store is mended.
 
 \b
 On this machine, with the small model that ships:
@@ -83,6 +84,10 @@ def precompute(
     codec: Annotated[str | None, typer.Option(help="How keys and values become bytes. [raw]")] = None,
     storage_option: Annotated[
         Texts, typer.Option(help="KEY=VALUE for the store's file system. May be repeated.")
+    ] = None,
+    replace: Annotated[
+        bool | None,
+        typer.Option("--replace/--no-replace", help="Compute also what the store has, and replace it: mends damage."),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16. [float32 on CPU, the model's own on GPU]")

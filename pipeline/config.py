@@ -17,7 +17,7 @@ Name = Annotated[str, StringConstraints(min_length=1)]
 class PrecomputeConfig(BaseModel):
     """Settings of one job. Unknown keys are refused, numbers out of range too."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     # What goes in.
     input: Annotated[list[Name], Field(min_length=1)]
@@ -31,13 +31,14 @@ class PrecomputeConfig(BaseModel):
     namespace: Name = "default"
     codec: Name = "raw"
     storage_options: dict[str, str] = {}
+    replace: bool = False
     # How it is computed.
     model: Name = "embedded"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: Name | None = None
     chunk_tokens: Annotated[int, Field(ge=8)] = 512
     max_batch_tokens: Annotated[int, Field(ge=1)] = 4096
-    shard_mb: Annotated[float, Field(gt=0)] = 256.0
+    shard_mb: Annotated[float, Field(gt=0, le=2**20)] = 256.0
     # On what.
     actors: Annotated[int, Field(ge=1)] = 1
     num_gpus: Annotated[float, Field(ge=0)] = 0.0

@@ -92,8 +92,8 @@ def _run(config: PrecomputeConfig) -> Summary:
     for table in scan.select_columns(small).iter_batches(batch_size=4096, batch_format="pyarrow"):
         planner.add(table.to_pylist())
     planner.check(bad_files=config.bad_files, title_column=config.title_column)
-    plan = planner.plan(store, codec=config.codec)
-    committer = Committer(store, summary, plan, config.commit_interval_s)
+    plan = planner.plan(store, codec=config.codec, replace=config.replace)
+    committer = Committer(store, summary, plan, config.commit_interval_s, replace=config.replace)
     try:
         if plan.encode:
             for table in encode_chunks(config, model, scan, plan):
@@ -215,13 +215,17 @@ class Committer:
         summary: is filled.
         plan: its aliases are committed at once, its followers with the chunk they follow.
         interval_s: least seconds between two commits.
+        replace: whether rows also replace rows of the same tokens, whose payload may be damaged.
     """
 
-    def __init__(self, store: DocumentStore, summary: Summary, plan: Plan, interval_s: float) -> None:
+    def __init__(
+        self, store: DocumentStore, summary: Summary, plan: Plan, interval_s: float, *, replace: bool = False
+    ) -> None:
         self._store = store
         self._summary = summary
         self._plan = plan
         self._interval_s = interval_s
+        self._replace = replace
         self._pending: list[CatalogRow] = list(plan.aliases)
         self._shards: set[str] = set()
         self._span = (float("inf"), 0.0)
@@ -264,7 +268,7 @@ class Committer:
     def commit(self) -> None:
         """Commit what is pending, if anything is."""
         if self._pending:
-            self._summary.version = self._store.commit(self._pending)
+            self._summary.version = self._store.commit(self._pending, replace_payloads=self._replace)
             self._summary.commits += 1
             self._summary.shards = len(self._shards)
             self._pending = []

@@ -6,11 +6,13 @@ model, so the driver is not what ends first).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
+from kvlink_core.chunking import CHUNK_SEPARATOR
 from kvlink_core.errors import CorpusError, DuplicateDocumentError, KVLinkError
 from pipeline.summary import Failure, Summary
 
@@ -147,8 +149,11 @@ class Planner:
         if title_column is not None and not self._titled:
             raise CorpusError(f"no document has a title in {title_column!r}.", param="title_column")
 
-    def plan(self, store: CatalogLike, *, codec: str) -> Plan:
-        """Compare with the catalog: what it has is skipped, what it has under another id is named, the rest stays."""
+    def plan(self, store: CatalogLike, *, codec: str, replace: bool = False) -> Plan:
+        """Compare with the catalog: what it has is skipped, what it has under another id is named, the rest stays.
+
+        With ``replace`` nothing that it has is relied upon: everything is computed.
+        """
         plan, summary = Plan(), self._summary
         summary.chunks = len(self._pieces)
         summary.tokens = sum(p.tokens for p in self._pieces.values())
@@ -157,12 +162,12 @@ class Planner:
             missing = []
             for piece in pieces:
                 row = by_id.get(piece.id)
-                if row is not None and row.token_digest == piece.digest and row.codec == codec:
+                if row is not None and row.token_digest == piece.digest and row.codec == codec and not replace:
                     summary.already_there += 1
                 else:
                     missing.append(piece)
                     summary.replaced += row is not None
-            by_tokens = store.lookup_tokens([p.digest for p in missing])
+            by_tokens = {} if replace else store.lookup_tokens([p.digest for p in missing])
             for piece in missing:
                 row = by_tokens.get(piece.digest)
                 if row is not None:
@@ -171,8 +176,27 @@ class Planner:
                     plan.followers.setdefault(piece.digest, []).append(piece.id)
                 else:
                     plan.encode[piece.digest] = piece
+        summary.stale = sorted(self._stale(store))
         return plan
 
+    def _stale(self, store: CatalogLike) -> Iterator[str]:
+        """Ids that the store has and that go on answering with a former text of a document of this corpus.
+
+        A document that has grown into chunks leaves the row of its own id; one that has shrunk leaves chunks.
+        """
+        chunks = Counter(p.document_id for p in self._pieces.values() if p.id != p.document_id)
+        for names in _batches(self._documents, 10_000):
+            yield from store.lookup([n for n in names if n in chunks])
+            ends = {n: chunks[n] for n in names}
+            while ends:
+                beyond = {n: [f"{n}{CHUNK_SEPARATOR}{i}" for i in range(e, e + _PROBE)] for n, e in ends.items()}
+                found = store.lookup([each for ids in beyond.values() for each in ids])
+                yield from (each for each in found if each not in self._pieces)
+                ends = {n: ends[n] + _PROBE for n, ids in beyond.items() if any(each in found for each in ids)}
+
+
+#: Former chunks are looked for this many at a time, until none of them is there: a run may have failed at some.
+_PROBE = 4
 
 _PIECE_COLUMNS = ("document_id", "place", "token_digest", "tokens", "ticket")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import fsspec
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from kvlink_core.errors import ConfigError, CorpusError
 
@@ -81,6 +83,8 @@ def open_file(file: SourceFile, options: Mapping[str, Any] | None = None) -> Any
 def _find(source: str, options: dict[str, Any]) -> tuple[list[SourceFile], list[str]]:
     try:
         fs, path = url_to_fs(source, **options)
+        if isinstance(fs, LocalFileSystem):
+            path = re.sub("/{2,}", "/", path)  # as the system reads it; fsspec's glob finds nothing otherwise
         if fs.isfile(path):
             file = _source_file(fs, path, path.rsplit("/", 1)[-1])
             if file is None:
@@ -100,7 +104,7 @@ def _find(source: str, options: dict[str, Any]) -> tuple[list[SourceFile], list[
     except Exception as error:  # each file system has errors of its own
         raise CorpusError(f"cannot read {source!r}: {error}", param="input") from error
     names = {p: p.removeprefix(base) for p in sorted(paths)}
-    names = {p: n for p, n in names.items() if not any(part[:1] in "._" for part in n.split("/"))}
+    names = {p: n for p, n in names.items() if not any(part.startswith((".", "_")) for part in n.split("/"))}
     found = {p: _source_file(fs, p, n) for p, n in names.items()}
     files = [f for f in found.values() if f is not None]
     if not files:

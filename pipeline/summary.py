@@ -39,7 +39,8 @@ class Summary:
         tokens: tokens of all chunks.
         already_there: chunks that the store had before.
         shared: chunks whose tokens another chunk has too: they name its payload, nothing is computed.
-        replaced: chunks whose id the store had with other tokens.
+        replaced: chunks whose id the store had, with other tokens or (asked to replace) in any case.
+        stale: ids that are in the store with a former text of a document of this corpus, and go on answering with it.
         encoded, encoded_tokens: chunks computed in this run.
         failed: what is not in the store now, with reasons.
         payload_bytes, shards, commits, version: what was written; the catalog's version after it.
@@ -61,6 +62,7 @@ class Summary:
     already_there: int = 0
     shared: int = 0
     replaced: int = 0
+    stale: list[str] = field(default_factory=list)
     encoded: int = 0
     encoded_tokens: int = 0
     failed: list[Failure] = field(default_factory=list)
@@ -77,14 +79,15 @@ class Summary:
         return self.encoded_tokens / self.encode_s if self.encode_s else 0.0
 
     def as_dict(self, *, most: int | None = None) -> dict[str, Any]:
-        """All counts, JSON-ready; of the failures and ignored files at most ``most`` each, beside their number."""
+        """All counts, JSON-ready; of lists at most ``most`` items, beside their number."""
         data = asdict(self)
         data["tokens_per_s"] = round(self.tokens_per_s, 1)
         for key in ("encode_s", "wall_s"):
             data[key] = round(data[key], 3)
         data["failed_count"] = len(self.failed)
         data["files_ignored_count"] = len(self.files_ignored)
-        for key in ("failed", "files_ignored", "files_skipped"):
+        data["stale_count"] = len(self.stale)
+        for key in ("failed", "files_ignored", "files_skipped", "stale"):
             data[key] = data[key][:most]
         return data
 
@@ -106,6 +109,12 @@ class Summary:
             what = f"{failure.id!r} at " if failure.id else ""
             line = f"failed ({failure.code}): {what}{failure.place}: {failure.reason}"
             console.print(line, markup=False, style="yellow", soft_wrap=True)
+        for name in self.stale[:most]:
+            line = f"stale: {name!r} is in the store with a former text of its document, and still answers with it"
+            console.print(line, markup=False, style="yellow", soft_wrap=True)
+        if len(self.stale) > most:
+            more = f"... and {len(self.stale) - most} more stale ids; --summary-json PATH has them all"
+            console.print(more, markup=False, style="yellow")
         if len(self.failed) > most:
             more = f"... and {len(self.failed) - most} more; --summary-json PATH has them all"
             console.print(more, markup=False, style="yellow")
@@ -125,7 +134,8 @@ class Summary:
             ("tokens", f"{self.tokens:,}"),
             ("skipped as already there", f"{self.already_there:,}"),
             ("shared with the same text elsewhere", f"{self.shared:,}"),
-            ("replaced (same id, other text)", f"{self.replaced:,}"),
+            ("replaced (the store had the id)", f"{self.replaced:,}"),
+            ("stale: ids left with a former text", f"{len(self.stale):,}"),
             ("encoded", f"{self.encoded:,}"),
             ("failed", f"{len(self.failed):,}" + (f" ({why})" if why else "")),
             ("bytes written", f"{self.payload_bytes:,}"),
@@ -137,6 +147,7 @@ class Summary:
             "files ignored",
             "files skipped as unreadable",
             "documents repeated",
-            "replaced (same id, other text)",
+            "replaced (the store had the id)",
+            "stale: ids left with a former text",
         )
         return [(n, v) for n, v in lines if v != "0" or n not in optional]

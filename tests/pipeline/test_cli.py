@@ -63,12 +63,16 @@ def places(tmp_path: Path, tiny_model_dir: Path) -> dict[str, str]:
         ("--input {tmp}/none --store {store} --model {model}", "no corpus at"),
         ("--input {file} --store {store} --model {model}", "unknown ending"),
         ("--input {corpus} --store {store} --model {tmp}/none", "no model at"),
-        ("--input {corpus} --store {store} --model random:none", "none"),
-        ("--input {corpus} --store {store} --model {model} --codec none", "none"),
-        ("--input {corpus} --store {file} --model {model}", "file"),
-        ("--input {corpus} --store {file}/below --model {model}", "file"),
-        ("--input {corpus} --store nonsense://x --model {model}", "nonsense"),
-        ("--input {corpus} --store {other} --model {model}", "weights"),
+        ("--input {corpus} --store {store} --model random:none", "unknown shape 'none'"),
+        ("--input {corpus} --store {store} --model {model} --codec none", "no codec 'none'"),
+        ("--input {corpus} --store {file} --model {model}", "Not a directory"),
+        ("--input {corpus} --store {file}/below --model {model}", "Not a directory"),
+        (
+            "--input {corpus} --store nonsense://x --model {model}",
+            "a store can be a local path or s3://..., not nonsense://",
+        ),
+        ("--input {corpus} --store {store} --shard-mb inf", "--shard-mb: Input should be a finite number"),
+        ("--input {corpus} --store {other} --model {model}", "was made with another model"),
         ("--input {corpus} --store {store} --model {model} --summary-json {tmp}/no/where", "cannot write the summary"),
     ],
 )
@@ -108,7 +112,14 @@ def test_what_was_done_is_a_table_and_json(
     code: int,
 ) -> None:
     failures = [Failure(f"f:{i}", f"[red]{i}", "no_text" if i else "empty_document", "why [b]") for i in range(30)]
-    summary = Summary(documents=1234, encoded=5, encoded_tokens=1000, encode_s=0.5, failed=failures)
+    summary = Summary(
+        documents=1234,
+        encoded=5,
+        encoded_tokens=1000,
+        encode_s=0.5,
+        failed=failures,
+        stale=[f"[red]#{i}" for i in range(25)],
+    )
     given: list[PrecomputeConfig] = []
     monkeypatch.setattr(job, "run", lambda config: given.append(config) or summary)
     path = tmp_path / "summary.json"
@@ -120,7 +131,9 @@ def test_what_was_done_is_a_table_and_json(
     assert "1,234" in out
     assert "30 (empty_document 1, no_text 29)" in out
     assert "failed (empty_document): '[red]0' at f:0: why [b]" in out
-    assert "... and 20 more" in out
+    assert "... and 20 more; --summary-json" in out
+    assert "stale: '[red]#0' is in the store with a former text" in out
+    assert "... and 15 more stale ids" in out
     last = json.loads(out.splitlines()[-1])
     assert (last["documents"], last["tokens_per_s"], last["failed_count"], len(last["failed"])) == (
         1234,
@@ -128,6 +141,7 @@ def test_what_was_done_is_a_table_and_json(
         30,
         20,
     )
+    assert (last["stale_count"], last["stale"]) == (25, summary.stale[:20])
     assert json.loads(path.read_text()) == summary.as_dict()
     assert len(summary.as_dict()["failed"]) == 30
 

@@ -56,12 +56,14 @@ def bad(place: str, code: str, *, outcome: str = "bad-row") -> dict[str, Any]:
     return empty | {"outcome": outcome, "place": place, "part": 0, "code": code, "reason": f"{place}: {code}"}
 
 
-def plan(rows: list[dict[str, Any]], catalog: FakeCatalog | None = None, **check: Any) -> tuple[Plan, Summary]:
+def plan(
+    rows: list[dict[str, Any]], catalog: FakeCatalog | None = None, *, replace: bool = False, **check: Any
+) -> tuple[Plan, Summary]:
     summary = Summary()
     planner = Planner(summary)
     planner.add(rows)
     planner.check(**({"bad_files": "fail", "title_column": None} | check))
-    return planner.plan(catalog or FakeCatalog(), codec="raw"), summary
+    return planner.plan(catalog or FakeCatalog(), codec="raw", replace=replace), summary
 
 
 def test_new_texts_are_computed_once_and_the_same_text_follows() -> None:
@@ -84,6 +86,41 @@ def test_another_codec_is_not_there() -> None:
     result, summary = plan([scanned("a", "x")], FakeCatalog([FakeRow("a", "d-other", codec="other")]))
     assert set(result.encode) == {"d-x"}
     assert summary.already_there == 0
+
+
+def test_to_replace_is_to_rely_on_nothing_that_is_there() -> None:
+    catalog = FakeCatalog([FakeRow("a", "d-x"), FakeRow("b", "d-old")])
+    rows = [scanned("a", "x"), scanned("b", "new"), scanned("c", "x"), scanned("d", "old")]
+    result, summary = plan(rows, catalog, replace=True)
+    assert set(result.encode) == {"d-x", "d-new", "d-old"}
+    assert (result.followers, result.aliases) == ({"d-x": ["c"]}, [])
+    assert (summary.already_there, summary.replaced) == (0, 2)
+
+
+def chunked(document_id: str, count: int) -> list[dict[str, Any]]:
+    return [
+        scanned(document_id, f"{document_id}{i}", place=document_id, part=i, chunk_id=f"{document_id}#{i}")
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "there", "stale"),
+    [
+        (chunked("a", 2), ["a", "b"], ["a"]),  # has grown into chunks
+        ([scanned("a", "x")], ["a#0", "a#1", "a"], ["a#0", "a#1"]),  # fits in one again
+        (chunked("a", 2), [f"a#{i}" for i in range(12)], [f"a#{i}" for i in range(2, 12)]),  # has shrunk
+        (chunked("a", 2), ["a#0", "a#3"], ["a#3"]),  # a chunk of it had failed
+        (chunked("a", 2), ["a#0", "a#1", "aa", "ab#2"], []),
+        ([scanned("a", "x"), scanned("a#0", "y"), scanned("a#1", "z")], ["a#0", "a#1", "a#2"], ["a#2"]),
+    ],
+)
+@pytest.mark.parametrize("replace", [False, True])
+def test_what_still_answers_with_a_former_text_is_named(
+    rows: list[dict[str, Any]], there: list[str], stale: list[str], replace: bool
+) -> None:
+    _, summary = plan(rows, FakeCatalog([FakeRow(i, f"d-old-{i}") for i in there]), replace=replace)
+    assert sorted(summary.stale) == sorted(stale)
 
 
 def test_the_same_document_again_is_counted_not_computed() -> None:

@@ -38,8 +38,19 @@ def test_names_are_relative_to_what_was_asked_for(corpus: Path) -> None:
     assert [f.name for f in find_files([str(corpus / "sub" / "c.parquet")]).files] == ["c.parquet"]
 
 
+def test_slashes_too_many_change_nothing(corpus: Path) -> None:
+    for source in (f"{corpus}//*.md", f"{corpus}//", f"file://{corpus}//*.md"):
+        assert "f.md" in [f.name for f in find_files([source]).files]
+    assert [f.name for f in find_files([f"{corpus}//sub/*.parquet"]).files] == ["c.parquet"]
+
+
 def test_a_file_found_twice_is_taken_once(corpus: Path) -> None:
     assert len(find_files([str(corpus / "b.jsonl"), f"{corpus}/*.jsonl", str(corpus)]).files) == 5
+
+
+def test_an_empty_part_of_a_name_is_not_hidden() -> None:
+    fsspec.filesystem("memory").pipe({"/odd//x/one.txt": b"t", "/odd//x/.two.txt": b"t"})
+    assert [f.name for f in find_files(["memory://odd"]).files] == ["/x/one.txt"]
 
 
 def test_any_fsspec_url() -> None:

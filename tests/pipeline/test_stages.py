@@ -72,7 +72,7 @@ def test_bad_rows_and_documents_travel_as_rows_with_reasons(tmp_path: Path, tiny
         ("a", "bad-row", "no_text"),
         ("b", "bad-row", "invalid_corpus"),
         ("c", "ok", None),
-        ("d" * 5000, "bad-row", "invalid_corpus"),
+        ("d" * 5000, "bad-row", "invalid_id"),
     ]
     assert "no room for text" in rows[1]["reason"]
 

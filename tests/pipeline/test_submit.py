@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from processes import free_ports, kill_tree
 
 from kvlink_core.models.describe import describe_model
 from kvlink_core.store import DocumentStore
@@ -23,22 +23,16 @@ ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The dashboard's address of a running cluster of one node."""
-    dashboard = free_port()
+    port, dashboard, agent, client = free_ports(4)
     head = subprocess.Popen(
         [
             RAY, "start", "--head", "--block", "--num-cpus=2", "--object-store-memory=100000000",
-            "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--port={free_port()}",
-            f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}",
-            f"--ray-client-server-port={free_port()}",
+            "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--port={port}",
+            f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+            f"--ray-client-server-port={client}",
         ],
         # The entrypoint's ``python`` is the one that the head finds.
         env={**os.environ, "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}"},
@@ -53,12 +47,7 @@ def cluster() -> Iterator[str]:
             time.sleep(0.2)
         yield address
     finally:
-        head.terminate()  # it ends what it started
-        try:
-            head.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            head.kill()
-            head.wait()
+        kill_tree(head)  # asked politely, it takes half a minute
 
 
 def answers(url: str) -> bool:
