@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-
 from kvlink_core.encode import DocumentEncoder
 from kvlink_core.errors import (
     DocumentLostError,
@@ -24,7 +22,7 @@ from kvlink_core.errors import (
     StoreUnavailableError,
     UnknownDocumentError,
 )
-from kvlink_core.fingerprint import token_digest
+from kvlink_core.fingerprint import digest_of_tokens
 from kvlink_core.models import LoadedModel
 from kvlink_core.store.catalog import CatalogRow
 from kvlink_core.store.store import DocumentStore
@@ -123,7 +121,7 @@ class DocumentResolver:
         self._refresh()
         token_ids = [self.model.layout.document_tokens(d) if isinstance(d, Document) else None for d in documents]
         by_id = self._by_id([d.id for d in documents if isinstance(d, DocumentRef)])
-        digests = [None if t is None else digest_of(t) for t in token_ids]
+        digests = [None if t is None else digest_of_tokens(t) for t in token_ids]
         by_tokens = self.store.lookup_tokens([d for d in digests if d]) if self.store else {}
         rows = [
             by_tokens.get(digest) if digest is not None else by_id[document.id]
@@ -210,7 +208,7 @@ class DocumentResolver:
                     caches[digest] = loaded
                     origins[digest] = "store"
         keys = [
-            row.token_digest if row else digest_of(t or [])
+            row.token_digest if row else digest_of_tokens(t or [])
             for row, t in zip(lookup.rows, lookup.token_ids, strict=True)
         ]
         if missing := [k for k in dict.fromkeys(keys) if k not in caches]:
@@ -232,8 +230,3 @@ class DocumentResolver:
             hit_tokens=sum(r.tokens for r in hits),
         )
         return ordered, resolved
-
-
-def digest_of(token_ids: Sequence[int]) -> str:
-    """The token digest under which a document's cache is stored."""
-    return token_digest(np.asarray(token_ids, dtype="<u4").tobytes())
