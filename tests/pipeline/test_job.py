@@ -19,7 +19,7 @@ from deltalake import DeltaTable
 
 from kvlink_core.chunking import chunk_document
 from kvlink_core.encode import DocumentEncoder
-from kvlink_core.errors import DuplicateDocumentError, KVLinkError, StoreUnavailableError
+from kvlink_core.errors import DuplicateDocumentError, KVLinkError, PayloadCorruptError, StoreUnavailableError
 from kvlink_core.models import LoadedModel
 from kvlink_core.store import DocumentStore
 from kvlink_core.types import Document, DocumentCache
@@ -131,15 +131,6 @@ def test_a_corpus_of_all_sorts_and_then_again(
     assert sorted(p.name for p in Path(settings["store"], "shards").iterdir()) == shards
     assert sorted(catalog(settings["store"])) == sorted(d.id for d in documents)
 
-    write(tmp_path, "f.jsonl", [{"id": "again", "text": "Text 7.", "title": "T"}, {"id": "a5", "text": "Newer."}])
-    write(tmp_path, "a.jsonl", [{"id": f"a{i}", "text": f"Text {i}.", "title": "T"} for i in range(5)])
-    more = run(settings)
-    assert (more.encoded, more.shared, more.replaced) == (1, 1, 1)
-    documents = [d for d in documents if d.id != "a5"]  # the others whose rows are gone are still in the store
-    store.refresh()
-    documents += [Document("again", "Text 7.", "T"), Document("a5", "Newer.")]
-    assert_equals_core(store, tiny_model, documents)
-
 
 def test_nothing_is_computed_when_an_id_has_two_texts(tmp_path: Path, settings: dict[str, Any]) -> None:
     write(tmp_path, "a.jsonl", [{"id": "a", "text": "One."}])
@@ -150,8 +141,8 @@ def test_nothing_is_computed_when_an_id_has_two_texts(tmp_path: Path, settings: 
     assert not list(Path(settings["store"]).glob("shards/*.parquet"))
 
 
-def test_a_store_that_fails_half_way_stops_the_job_and_what_was_done_stays(
-    tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_a_store_that_fails_half_way_stops_the_job_and_what_was_done_stays_also_when_the_corpus_changes(
+    tmp_path: Path, settings: dict[str, Any], tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, "a.jsonl", [{"id": f"{i:02}", "text": f"Text {i}."} for i in range(12)])
 
@@ -167,9 +158,47 @@ def test_a_store_that_fails_half_way_stops_the_job_and_what_was_done_stays(
     assert raised.value.code == "store_unavailable"
     done = catalog(settings["store"])
     assert 0 < len(done) < 12
+    assert {"00", "01", "02"} <= set(done)
     monkeypatch.undo()
+    # One text is another now, one is gone, one comes again under another id.
+    documents = {f"{i:02}": f"Text {i}." for i in range(12) if i != 1} | {"00": "Newer.", "again": "Text 2."}
+    write(tmp_path, "a.jsonl", [{"id": i, "text": text} for i, text in documents.items()])
     summary = run(settings)
-    assert (summary.already_there, summary.encoded) == (len(done), 12 - len(done))
+    assert (summary.already_there, summary.encoded) == (len(done) - 2, 12 - len(done) + 1)
+    assert (summary.shared, summary.replaced, summary.stale) == (1, 1, [])
+    store = DocumentStore.open(settings["store"], fingerprint=tiny_model.fingerprint)
+    documents["01"] = "Text 1."  # what is gone from the corpus is still in the store
+    assert_equals_core(store, tiny_model, [Document(i, text) for i, text in documents.items()])
+
+
+def test_what_is_damaged_is_replaced_when_asked_and_former_texts_are_named(
+    tmp_path: Path, settings: dict[str, Any], tiny_model: LoadedModel
+) -> None:
+    long = " ".join(f"Sentence {i} of a long document." for i in range(12))
+    write(
+        tmp_path, "a.jsonl", [{"id": "a", "text": "Text."}, {"id": "same", "text": "Text."}, {"id": "b", "text": "B."}]
+    )
+    write(tmp_path, "b.jsonl", [{"id": "long", "text": long}])
+    before = [Document("a", "Text."), Document("same", "Text."), Document("b", "B."), Document("long", "Short.")]
+    caches = DocumentEncoder(tiny_model).encode([tiny_model.layout.document_tokens(d) for d in before])
+    store = DocumentStore.open(settings["store"], fingerprint=tiny_model.fingerprint, create=True)
+    for document, cache in zip(before, caches, strict=True):
+        store.commit(store.write_shard([(document.id, cache)]))
+    rows = store.lookup(["a", "same"])
+    for folder in ("shards", "tokens"):
+        for path in Path(settings["store"], folder).iterdir():
+            path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(PayloadCorruptError):
+        store.token_ids([rows["a"]])
+
+    summary = run(settings, replace=True)
+    assert (summary.already_there, summary.replaced, summary.shared) == (0, 3, 1)
+    assert summary.encoded == summary.chunks - 1
+    assert (summary.stale, summary.failed) == (["long"], [])
+    store.refresh()
+    assert_equals_core(store, tiny_model, before[:3])
+    found = store.lookup([d.id for d in before[:3]])
+    assert store.token_ids(list(found.values())) == [c.token_ids.tolist() for c in caches[:3]]
 
 
 def test_an_actor_killed_between_its_shard_and_its_answer(
@@ -202,7 +231,7 @@ def test_an_actor_killed_between_its_shard_and_its_answer(
 def test_a_driver_killed_half_way_and_run_again(
     tmp_path: Path, settings: dict[str, Any], tiny_model: LoadedModel
 ) -> None:
-    documents = [Document(f"{i:03}", f"Text {i}. " * (1 + i % 5)) for i in range(400)]
+    documents = [Document(f"{i:03}", f"Text {i}. " * (1 + i % 5)) for i in range(150)]
     write(tmp_path, "a.jsonl", [{"id": d.id, "text": d.text} for d in documents])
     arguments = ["--input", settings["input"][0], "--store", settings["store"], "--model", settings["model"]]
     arguments += ["--chunk-tokens", "128", "--shard-mb", "0.02", "--commit-interval-s", "0", "--threads", "1"]
