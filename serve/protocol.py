@@ -115,7 +115,7 @@ class DocumentParam(_Body):
 
     model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["id"]}, {"required": ["text"]}]})
 
-    id: Text | None = Field(default=None, min_length=1, max_length=512)
+    id: Text | None = Field(default=None, min_length=1)  # the core's rule for ids is the engine's to apply
     text: Text | None = None
     title: Text | None = Field(default=None, max_length=4096)
 

@@ -20,7 +20,7 @@ import torch
 from kvlink_core.engine import SamplingParams
 from kvlink_core.errors import KVLinkError
 from kvlink_core.session import Answer, AnswerRequest, Session
-from kvlink_core.types import Document, DocumentRef, Message
+from kvlink_core.types import Document, DocumentRef, Message, check_document_id
 from serve.config import ServiceConfig
 from serve.loading import model_card, open_session
 from serve.metrics import Metrics, PrometheusMetrics
@@ -229,6 +229,8 @@ class EngineReplica(EngineServer):
 
 
 def _core_document(document: WireDocument) -> Document | DocumentRef:
+    if document.id is not None:
+        check_document_id(document.id)
     if document.text is None:
         assert document.id is not None, "the schema asks for an id or a text"
         return DocumentRef(document.id)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from processes import free_ports
 
 from kvlink_core.encode import DocumentEncoder
 from kvlink_core.models import LoadedModel
@@ -59,12 +59,6 @@ def add_document(model: LoadedModel, store: DocumentStore, name: str, text: str)
     return rows[0].shard
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def running_service(model: LoadedModel, model_dir: Path, folder: Path) -> Iterator[Service]:
     """The application of ``serve run serve.app:build_app store=... model=...``, on a free port."""
@@ -81,7 +75,7 @@ def running_service(model: LoadedModel, model_dir: Path, folder: Path) -> Iterat
     content[len(content) // 3] ^= 0xFF
     damaged.write_bytes(content)
 
-    port = free_port()
+    (port,) = free_ports(1)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     arguments = {
         "store": str(where),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import yaml
+from processes import free_ports, kill_tree
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 
@@ -50,7 +49,7 @@ class Pod:
             try:
                 yield process
             finally:
-                kill(process)
+                kill_tree(process)
 
     def api(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         """Ask the dashboard, as the operator does."""
@@ -93,7 +92,7 @@ def pod(home: Path, image: Any, config_map: dict[str, str]) -> Iterator[Pod]:
         pod.api("PUT", "/api/serve/applications/", json={"http_options": http, "applications": []}).raise_for_status()
         yield pod
     finally:
-        kill(head)
+        kill_tree(head)
 
 
 def test_the_job_then_the_service(pod: Pod, rayjob: Any, rayservice: Any) -> None:
@@ -173,27 +172,3 @@ def wait_for(condition: Any, seconds: float, describe: Any) -> None:
     while not condition():
         assert time.monotonic() < end, f"still not after {seconds} s: {describe()}"
         time.sleep(0.3)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def kill(process: subprocess.Popen[Any]) -> None:
-    """End a process started here and everything below it; nothing else."""
-    if process.poll() is not None:
-        return
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    for child in family:
-        if child.is_running():
-            child.kill()
-    psutil.wait_procs(family, timeout=10)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -11,8 +10,10 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import yaml
+from processes import free_ports, kill_tree
 
 from kvlink_core.encode import DocumentEncoder
 from kvlink_core.models import LoadedModel
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 SERVE_RUN = [sys.executable, "-m", "ray.serve.scripts", "run"]
 #: A Ray of its own, whatever else runs on this machine.
 ENVIRONMENT = os.environ | {"RAY_ADDRESS": "local", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT.pop("RAY_USAGE_STATS_ENABLED")  # to see that nothing is sent without it either
 
 
 @pytest.fixture(scope="module")
@@ -57,25 +59,20 @@ def test_a_store_that_is_not_there_is_one_line(tiny_model_dir: Path, tmp_path: P
     assert line.startswith(f"Error: there is no KVLink store at {tmp_path / 'nothing'}")
 
 
-def test_a_program_that_cannot_start_exits_with_2_and_without_a_traceback(store: Path, tiny_model_dir: Path) -> None:
-    arguments = ["serve.app:build_app", f"store={store}", f"model={tiny_model_dir}", "dtype=bfloat16"]
-    done = subprocess.run(
-        [*SERVE_RUN, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "Started a local Ray" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+def test_a_store_of_another_model_is_one_line(store: Path, tiny_model_dir: Path) -> None:
+    line = fails(f"store={store}", f"model={tiny_model_dir}", "dtype=bfloat16")
+    assert line.startswith("Error: ")
     assert "dtype" in line
     assert "float32" in line
     assert "bfloat16" in line
 
 
-def test_a_configuration_file_serves_on_loopback_alone(store: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_configuration_file_serves_on_loopback_alone_and_without_telemetry(
+    store: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
     config = yaml.safe_load((ROOT / "serve/configs/local.yaml").read_text("utf-8"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = config["http_options"]["port"] = probe.getsockname()[1]
+    (port,) = free_ports(1)
+    config["http_options"]["port"] = port
     config["applications"][0]["args"] |= {"store": str(store), "model": str(tiny_model_dir)}
     path = tmp_path / "serve.yaml"
     path.write_text(yaml.safe_dump(config), "utf-8")
@@ -101,13 +98,10 @@ def test_a_configuration_file_serves_on_loopback_alone(store: Path, tiny_model_d
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
         assert answer["kvlink"]["documents"][0]["origin"] == "store"
         assert listening_addresses(port) == {"127.0.0.1"}
+        dashboard = next(p for p in psutil.Process(process.pid).children() if "dashboard.py" in " ".join(p.cmdline()))
+        assert dashboard.environ()["RAY_USAGE_STATS_ENABLED"] == "0"  # it is what would send them
     finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the session started above
-            raise
+        kill_tree(process)
     assert "Traceback" not in log.read_text("utf-8")
 
 

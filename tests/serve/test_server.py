@@ -138,6 +138,18 @@ def test_an_answer_and_its_report() -> None:
     ]
 
 
+@pytest.mark.parametrize("text", [None, "text"])
+def test_the_rule_for_document_ids_is_the_store_s(text: str | None) -> None:
+    session = ScriptedSession()
+    server, _ = serving(session)
+    (refused,) = asyncio.run(collect(server, request("q", documents=(WireDocument("i" * 1025, text),))))
+    assert isinstance(refused, Failed)
+    assert refused.error.status == 400
+    assert "1025 bytes" in refused.error.message
+    assert session.requests == []
+    assert isinstance(asyncio.run(collect(server, request("q", documents=(WireDocument("i" * 1024, text),))))[0], Piece)
+
+
 def test_without_streaming_the_answer_is_one_piece() -> None:
     server, _ = serving(ScriptedSession())
     (only,) = asyncio.run(collect(server, request("q", stream=False)))

@@ -20,6 +20,9 @@ pytestmark = pytest.mark.ray
     ("fields", "status", "code", "said"),
     [
         ({"documents": [{"id": "harbour"}, {"id": "nope"}]}, 404, "document_not_found", "'nope'"),
+        ({"documents": [{"id": 512 * "ä"}]}, 404, "document_not_found", "no such document"),
+        ({"documents": [{"id": 512 * "ä" + "b"}]}, 400, "invalid_request", "1025 bytes; 1 to 1024"),
+        ({"documents": [{"id": 512 * "ä" + "b", "text": "x"}]}, 400, "invalid_request", "1025 bytes; 1 to 1024"),
         ({"documents": [{"id": "a", "text": " "}]}, 400, "empty_document", "no text"),
         (
             {"documents": [{"id": "a", "text": "x"}, {"id": "a", "text": "y"}]},
