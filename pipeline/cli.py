@@ -104,9 +104,7 @@ def precompute(
     threads: Annotated[int | None, typer.Option(help="Torch threads of each actor. [cores / actors]")] = None,
     ray_address: Annotated[
         str | None,
-        typer.Option(
-            help="Ray to use: 'auto', host:port, 'local'. [the job's, $RAY_ADDRESS, one running here, or a new one]"
-        ),
+        typer.Option(help="Ray to use: 'auto', host:port, 'local'. [$RAY_ADDRESS, which a job has, or a new one]"),
     ] = None,
     commit_interval_s: Annotated[
         float | None, typer.Option(help="Seconds between commits: the most work that a kill loses. [30]")

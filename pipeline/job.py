@@ -123,18 +123,20 @@ def resolve_store(store: str) -> str:
 
 
 def start_ray(config: PrecomputeConfig) -> None:
-    """Connect to the Ray that is meant: the one already in use here, ``ray_address``, the job's, or a new local one.
+    """Connect to the Ray that is meant: the one in use here, ``ray_address``, ``RAY_ADDRESS`` (a job's), or a new one.
 
     Also sets what Ray Data must know, for this process.
     """
     if not ray.is_initialized():
         # Not in a submitted job: it brings the packages itself, and this path need not exist on other nodes.
         env = {} if _JOB_ENV in os.environ else {"runtime_env": {"env_vars": {"PYTHONPATH": str(CHECKOUT)}}}
+        # Never "whatever runs here": what a dead cluster has left behind would be waited for.
+        address = config.ray_address or os.environ.get("RAY_ADDRESS") or "local"
         try:
-            ray.init(address=config.ray_address, log_to_driver=True, **env)
+            ray.init(address=address, log_to_driver=True, **env)
         except (ConnectionError, ValueError, RuntimeError) as error:  # what Ray raises for an address
             reason = str(error).splitlines()[0]
-            raise ConfigError(f"cannot connect to Ray at {config.ray_address!r}: {reason}") from error
+            raise ConfigError(f"cannot connect to Ray at {address!r}: {reason}") from error
     context = DataContext.get_current()
     # The default is half an hour of silence when actors can never start.
     if "execution_no_progress_timeout_s" in {f.name for f in fields(context)}:

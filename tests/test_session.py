@@ -159,6 +159,23 @@ def test_a_store_that_cannot_be_refreshed_still_serves_what_is_known(
     assert "the store is away" in caplog.text
 
 
+def test_a_store_that_does_not_answer_costs_time_where_the_text_is_known_and_is_said_where_not(
+    tiny_model: LoadedModel, store: DocumentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(_: object) -> list[DocumentCache]:
+        raise StoreUnavailableError("the store is away")
+
+    monkeypatch.setattr(store, "load", away)
+    monkeypatch.setattr(store, "token_ids", away)
+    session = Session(tiny_model, store)
+    answer = session.start(AnswerRequest(ASK, [Document("a", TEXTS["a"])], "reposition", GREEDY))
+    assert answer.text() == expected(tiny_model, ["a"], "reposition")
+    assert answer.documents[0].origin == "encoded"
+    assert session.counters.corrupt_payloads == 0
+    with pytest.raises(StoreUnavailableError):
+        session.start(AnswerRequest(ASK, [DocumentRef("a")], "reposition", GREEDY))
+
+
 def test_a_document_stored_in_chunks_is_explained(tiny_model: LoadedModel, store: DocumentStore) -> None:
     tokens = tiny_model.layout.document_tokens(Document("long#0", "The first part."))
     store.commit(store.write_shard([("long#0", DocumentEncoder(tiny_model).encode([tokens])[0])]))

@@ -169,6 +169,32 @@ class DocumentResolver:
                     lookup.token_ids[i] = tokens[row.token_digest]
         return [t for t in lookup.token_ids if t is not None]
 
+    def _load_stored(self, rows: dict[str, CatalogRow]) -> tuple[dict[str, DocumentCache], dict[str, Origin]]:
+        """What the store gives for rows by token digest; what it refuses or cannot give now is left out."""
+        caches: dict[str, DocumentCache] = {}
+        origins: dict[str, Origin] = {}
+        if not rows:
+            return caches, origins
+        assert self.store is not None
+        try:
+            payloads = self.store.load(list(rows.values()))
+        except StoreUnavailableError as error:
+            logger.warning("the store does not answer, computing %d documents: %s", len(rows), error)
+            return caches, origins
+        for (digest, row), loaded in zip(rows.items(), payloads, strict=True):
+            refused = loaded if isinstance(loaded, PayloadError) else self._misfit(loaded)
+            if refused is not None:
+                logger.warning(
+                    "document %r: stored payload refused (%s: %s); computing it again",
+                    row.document_id, refused.code, refused,
+                )  # fmt: skip
+                self.counters.add(corrupt_payloads=1)
+                origins[digest] = "reencoded-corrupt"
+            elif isinstance(loaded, DocumentCache):
+                caches[digest] = loaded
+                origins[digest] = "store"
+        return caches, origins
+
     def _misfit(self, cache: DocumentCache) -> PayloadForeignError | None:
         """Why a sound payload is not one of this model, if so: its shape would be broadcast, not refused, later on."""
         spec = self.model.spec
@@ -189,24 +215,13 @@ class DocumentResolver:
             raise DocumentLostError(row.document_id) from error
 
     def load(self, lookup: Lookup) -> tuple[list[DocumentCache], list[ResolvedDocument]]:
-        """Caches of all documents, in order. Bad payloads are recomputed; token ids are filled in."""
-        caches: dict[str, DocumentCache] = {}
-        origins: dict[str, Origin] = {}
-        rows = {r.token_digest: r for r in lookup.rows if r}
-        if rows:
-            assert self.store is not None
-            for (digest, row), loaded in zip(rows.items(), self.store.load(list(rows.values())), strict=True):
-                refused = loaded if isinstance(loaded, PayloadError) else self._misfit(loaded)
-                if refused is not None:
-                    logger.warning(
-                        "document %r: stored payload refused (%s: %s); computing it again",
-                        row.document_id, refused.code, refused,
-                    )  # fmt: skip
-                    self.counters.add(corrupt_payloads=1)
-                    origins[digest] = "reencoded-corrupt"
-                elif isinstance(loaded, DocumentCache):
-                    caches[digest] = loaded
-                    origins[digest] = "store"
+        """Caches of all documents, in order. Bad payloads are recomputed; token ids are filled in.
+
+        Raises:
+            DocumentLostError: a payload and the token ids to recompute it from are both damaged.
+            StoreUnavailableError: the store does not answer, and a document is known by its id alone.
+        """
+        caches, origins = self._load_stored({r.token_digest: r for r in lookup.rows if r})
         keys = [
             row.token_digest if row else digest_of_tokens(t or [])
             for row, t in zip(lookup.rows, lookup.token_ids, strict=True)

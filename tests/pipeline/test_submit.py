@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,14 @@ RAY = str(Path(sys.executable).parent / "ray")
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
+def home() -> Iterator[str]:
+    """Ray's files: not where the next ``ray.init`` looks for a running cluster; a short path, for its sockets."""
+    with tempfile.TemporaryDirectory(prefix="kvl-", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def cluster(home: str) -> Iterator[str]:
     """The dashboard's address of a running cluster of one node."""
     port, dashboard, agent, client = free_ports(4)
     head = subprocess.Popen(
@@ -32,7 +40,7 @@ def cluster() -> Iterator[str]:
             RAY, "start", "--head", "--block", "--num-cpus=2", "--object-store-memory=100000000",
             "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--port={port}",
             f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
-            f"--ray-client-server-port={client}",
+            f"--ray-client-server-port={client}", f"--temp-dir={home}",
         ],
         # The entrypoint's ``python`` is the one that the head finds.
         env={**os.environ, "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}"},
