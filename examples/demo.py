@@ -181,7 +181,7 @@ def ask_all(client: httpx.Client, questions: list[dict[str, Any]]) -> tuple[int,
             raise DemoError("the linked path used no cached tokens: the store was not hit.")
     console.print(table)
     console.print(
-        f"{right} of {len(questions)} right. A model this small prefills in no time, so what is saved hardly shows here:"
+        f"{right} of {len(questions)} right. A model this small prefills in no time, so what is saved hardly shows:"
         " the ratio is near 1. Step 3 shows it where prefill costs something."
     )
     return right, len(questions)
