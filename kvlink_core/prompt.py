@@ -22,6 +22,7 @@ from tokenizers.decoders import DecodeStream
 
 from kvlink_core.errors import EmptyDocumentError, EmptyQuestionError, InputError, ModelError
 from kvlink_core.template import DocumentTemplate, LinkTokens
+from kvlink_core.text import is_unicode
 from kvlink_core.types import Document, Message
 
 #: For models that bring no chat template of their own (base models).
@@ -143,7 +144,7 @@ class PromptLayout:
         Raises:
             InputError: the text is not Unicode (it has half of a surrogate pair).
         """
-        if not _is_unicode(text):
+        if not is_unicode(text):
             raise InputError("a text has half of a surrogate pair in it; send whole Unicode characters.")
         return list(self._plain.encode(text, add_special_tokens=False).ids)
 
@@ -178,7 +179,7 @@ class PromptLayout:
         """
         if not messages or not messages[-1].content.strip():
             raise EmptyQuestionError("the last message has no text; ask something.", param="messages")
-        if not all(_is_unicode(m.content) for m in messages):
+        if not all(is_unicode(m.content) for m in messages):
             raise InputError("a message has half of a surrogate pair in it; send whole Unicode characters.")
         if messages[-1].role != "user":
             raise InputError("the last message must have the role 'user'.", param="messages")
@@ -261,12 +262,3 @@ class PromptLayout:
                     *self._mixed_tokens(after, held),
                 ]
         return list(self._knowing.encode(rendered, add_special_tokens=False).ids)
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether it can be written as UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

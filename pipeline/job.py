@@ -26,6 +26,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from kvlink_core.errors import ConfigError, KVLinkError
 from kvlink_core.models.describe import ModelDescription, describe_model
 from kvlink_core.store import CatalogRow, DocumentStore
+from kvlink_core.text import first_line
 from pipeline.config import PrecomputeConfig
 from pipeline.plan import Plan, Planner
 from pipeline.reading import Columns
@@ -135,8 +136,7 @@ def start_ray(config: PrecomputeConfig) -> None:
         try:
             ray.init(address=address, log_to_driver=True, **env)
         except (ConnectionError, ValueError, RuntimeError) as error:  # what Ray raises for an address
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"cannot connect to Ray at {address!r}: {reason}") from error
+            raise ConfigError(f"cannot connect to Ray at {address!r}: {first_line(error)}") from error
     context = DataContext.get_current()
     # The default is half an hour of silence when actors can never start.
     if "execution_no_progress_timeout_s" in {f.name for f in fields(context)}:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kvlink_core.errors import CorpusError
+from kvlink_core.text import is_unicode
 from pipeline.sources import SourceFile, open_file
 
 _MAGIC = {b"PAR1": "Parquet", b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive", b"%PDF": "PDF"}
@@ -170,7 +171,7 @@ def _row(file: SourceFile, place: str, number: int, value: Mapping[str, Any], co
         document_id = f"{file.name}:{number}"
     if isinstance(document_id, int) and not isinstance(document_id, bool):
         document_id = str(document_id)
-    if not isinstance(document_id, str) or not document_id.strip() or not _is_unicode(document_id):
+    if not isinstance(document_id, str) or not document_id.strip() or not is_unicode(document_id):
         shown = "no" if document_id is None else "an empty" if document_id == "" else "an unusable"
         reason = f"{shown} id in {columns.id or 'id'!r}: a string or integer is needed"
         return BadRow(place, None, "invalid_id", reason)
@@ -189,14 +190,6 @@ def _row(file: SourceFile, place: str, number: int, value: Mapping[str, Any], co
     title = value.get(columns.title or "title")
     if title is not None and not isinstance(title, str):
         return bad("invalid_title", f"{columns.title or 'title'!r} holds {type(title).__name__}, not a string")
-    if not _is_unicode(text) or not _is_unicode(title or ""):
+    if not is_unicode(text) or not is_unicode(title or ""):
         return bad("invalid_text", "the text has half of a surrogate pair, so it is not valid Unicode")
     return Row(place, document_id, text, title.strip() or None if title else None)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

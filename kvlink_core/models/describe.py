@@ -17,6 +17,7 @@ from kvlink_core.models.layout_file import LayoutFile, read_layout, read_layout_
 from kvlink_core.models.shapes import named_shape
 from kvlink_core.models.spec import ModelSpec, spec_from_config
 from kvlink_core.prompt import PromptLayout
+from kvlink_core.text import first_line
 
 EMBEDDED = "embedded"
 EMBEDDED_DIRECTORY = Path(__file__).parent.parent / "embedded"
@@ -169,7 +170,7 @@ def _config(directory: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:  # what damaged files give
-        raise ModelError(f"cannot load the model at {str(directory)!r}: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"cannot load the model at {str(directory)!r}: {first_line(error)}") from error
 
 
 def _default_dtype(config: Any, device: str, directory: Path) -> torch.dtype:

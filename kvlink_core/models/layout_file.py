@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from kvlink_core.errors import ConfigError, ModelError, ModelNotFoundError
 from kvlink_core.prompt import PromptLayout
 from kvlink_core.template import DocumentTemplate, LinkTokens
+from kvlink_core.text import first_line
 
 
 class _LinkTokensEntry(BaseModel):
@@ -83,8 +84,7 @@ def read_layout(directory: Path, file: LayoutFile) -> PromptLayout:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:  # what damaged files give
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"cannot load the tokenizer of {str(directory)!r}: {reason}") from error
+        raise ModelError(f"cannot load the tokenizer of {str(directory)!r}: {first_line(error)}") from error
     links = file.link_tokens
     return PromptLayout(
         tokenizer,

@@ -17,6 +17,7 @@ from kvlink_core.models.describe import EMBEDDED, ModelDescription, describe_mod
 from kvlink_core.models.rope import Rotary
 from kvlink_core.models.spec import ModelSpec
 from kvlink_core.prompt import PromptLayout
+from kvlink_core.text import first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def _usable(device: str) -> torch.device:
         where = torch.device(device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:  # torch has no class of its own for this
-        raise ConfigError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"device {device!r} cannot be used here: {first_line(error)}") from error
     return where
 
 
@@ -138,7 +139,7 @@ def _pretrained(description: ModelDescription) -> Any:
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:  # what damaged files give
-        raise ModelError(f"cannot load the model at {directory!r}: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"cannot load the model at {directory!r}: {first_line(error)}") from error
     if report["missing_keys"]:
         # transformers would fill these with random numbers and only log it.
         raise ModelError(
