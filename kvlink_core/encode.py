@@ -12,7 +12,6 @@ import torch
 
 from kvlink_core.errors import EmptyDocumentError, PromptTooLongError
 from kvlink_core.models import LoadedModel
-from kvlink_core.models.capture import UnrotatedCache
 from kvlink_core.types import DocumentCache
 
 
@@ -70,9 +69,7 @@ class DocumentEncoder:
         input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
         for row, token_ids in zip(input_ids, batch, strict=True):
             row[: len(token_ids)] = torch.tensor(token_ids, dtype=torch.int64)
-        with UnrotatedCache() as cache:
-            model.network.get_decoder()(input_ids=input_ids.to(model.device), past_key_values=cache, use_cache=True)
-        assert len(cache.keys) == model.spec.layers
+        cache = model.lm.encode(input_ids=input_ids.to(model.device))
         return [
             DocumentCache(
                 token_ids=input_ids[i, : len(token_ids)].clone(),

@@ -13,7 +13,6 @@ import torch
 from transformers import DynamicCache
 
 from kvlink_core.models import LoadedModel
-from kvlink_core.models.masks import attention_mask
 from kvlink_core.models.rope import RopeTables
 from kvlink_core.prompt import Prompt
 from kvlink_core.types import DocumentCache
@@ -28,19 +27,18 @@ class LinkedCache:
         reserve: slots for tokens to be generated after the prompt.
 
     Attributes:
-        keys, values: ``[layers, kv_heads, capacity, head_dim]``; a slot's content is undefined until it is placed
-            or computed, and is not read before.
+        keys, values: ``[layers, kv_heads, capacity, dim]``; a slot's content is undefined until it is placed or
+            computed, and is not read before.
         pending: int64 positions of the prompt, ascending, that the engine has yet to compute.
     """
 
     def __init__(self, model: LoadedModel, prompt: Prompt, *, reserve: int) -> None:
-        spec = model.spec
-        shape = (spec.layers, spec.kv_heads, prompt.length + reserve, spec.head_dim)
+        keys, values = model.recipes.shapes(prompt.length + reserve)
         self.model = model
         self.prompt = prompt
         self.token_ids = prompt.token_ids()
-        self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)
-        self.values = torch.empty(shape, dtype=model.dtype, device=model.device)
+        self.keys = torch.empty(keys, dtype=model.dtype, device=model.device)
+        self.values = torch.empty(values, dtype=model.dtype, device=model.device)
         self.pending = torch.arange(prompt.length)
         self._placed = torch.zeros(prompt.length, dtype=torch.bool)
 
@@ -60,8 +58,10 @@ class LinkedCache:
         """
         end = start + cache.tokens
         device = self.keys.device
-        self.keys[:, :, start:end].copy_(self.model.rotary.rotate(cache.keys.to(device), tables))
-        self.values[:, :, start:end].copy_(cache.values)
+        self.model.rotary.place(
+            cache.keys.to(device), cache.values.to(device), tables,
+            self.keys[:, :, start:end], self.values[:, :, start:end],
+        )  # fmt: skip
         self._placed[start:end] = True
 
     def seal(self) -> None:
@@ -79,32 +79,21 @@ class LinkedCache:
         Returns:
             Float32 logits ``[vocabulary]`` after the last token.
         """
-        model, n = self.model, int(positions.shape[0])
         length = int(positions[-1]) + 1
-        from_nothing = n == length
-        device = model.device
-        positions = positions.to(device)
-        output = model.network(
-            input_ids=token_ids.to(device).unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            past_key_values=_Slots(self, positions, length, from_nothing),
-            # Nothing is there yet: the model's own causal mask, and with it the fastest kernels.
-            attention_mask=None if from_nothing else attention_mask(model.spec, positions, length, model.dtype),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[0, -1].float()  # type: ignore[no-any-return]
+        positions = positions.to(self.model.device)
+        slots = _Slots(self, positions, length)
+        return self.model.lm.compute(token_ids.to(self.model.device), positions, length, slots)
 
 
 class _Slots(DynamicCache):  # type: ignore[misc]  # transformers is untyped
     """What a forward pass sees of a ``LinkedCache``: writes new keys into their slots, reads all slots so far."""
 
-    def __init__(self, linked: LinkedCache, positions: torch.Tensor, length: int, from_nothing: bool) -> None:
+    def __init__(self, linked: LinkedCache, positions: torch.Tensor, length: int) -> None:
         super().__init__()
         self._linked = linked
         self._positions = positions
         self._length = length
-        self._from_nothing = from_nothing
+        self._from_nothing = int(positions.shape[0]) == length
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -1,15 +1,17 @@
-"""Catch keys before RoPE, without a copy of any modelling code.
+"""See the calls that rotate keys, without a copy of any modelling code.
 
-Every supported attention calls a module-level ``apply_rotary_pos_emb(query, key, cos, sin)`` and then hands the
-rotated key to the cache. A recorder placed between the two sees both: the function is replaced once per modelling
-module by one that notes its ``key`` argument while a capture is active in this thread, and is otherwise unchanged.
+Attention modules call module-level functions (``apply_rotary_pos_emb`` and its variants) and then hand the rotated key
+to the cache. Each such function is replaced, once per modelling module, by one that notes its arguments and its
+result while a recorder is active in this thread, and is otherwise unchanged. What the notes mean for one model is
+found in ``key_recipe``.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,73 +19,101 @@ from transformers import DynamicCache
 
 from kvlink_core.errors import UnsupportedModelError
 
-_FUNCTION = "apply_rotary_pos_emb"
+#: What the modelling modules of transformers call the functions that rotate.
+ROTATING_FUNCTIONS = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave", "apply_rotary_emb")
+
 _active = threading.local()
-_originals: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {}
 _install_lock = threading.Lock()
 
 
-def install(attention: torch.nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Make the modelling module of ``attention`` capturable; idempotent and thread-safe.
+@dataclass(frozen=True, slots=True)
+class RotationCall:
+    """One call of a rotating function: the unpatched function, what it was given and what it returned."""
 
-    Returns the original function, for re-positioning.
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
 
-    Raises:
-        UnsupportedModelError: the module has no such function.
-    """
-    name = type(attention).__module__
+
+def install(network: torch.nn.Module) -> None:
+    """Make the modelling modules of ``network`` recordable; idempotent and thread-safe."""
+    names = {type(m).__module__ for m in network.modules()}
     with _install_lock:
-        if name in _originals:
-            return _originals[name]
-        module = sys.modules[name]
-        original = vars(module).get(_FUNCTION)
-        if original is None:
-            raise UnsupportedModelError(f"{name} has no {_FUNCTION}: its keys cannot be read before RoPE.")
-
-        def recording(q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            cache: UnrotatedCache | None = getattr(_active, "cache", None)
-            if cache is not None:
-                cache.note(k)
-            return original(q, k, *args, **kwargs)
-
-        setattr(module, _FUNCTION, recording)
-        _originals[name] = original
-        return original  # type: ignore[no-any-return]
+        for name in sorted(names):
+            module = sys.modules[name]
+            for function in ROTATING_FUNCTIONS:
+                original = vars(module).get(function)
+                if original is not None and not hasattr(original, "kvlink_original"):
+                    setattr(module, function, _recording(original))
 
 
-class UnrotatedCache(DynamicCache):  # type: ignore[misc]  # transformers is untyped
-    """A cache for one forward pass over documents: keeps each layer's key before RoPE, and its value.
+def _recording(original: Callable[..., Any]) -> Callable[..., Any]:
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        recorder: Recorder | None = getattr(_active, "recorder", None)
+        if recorder is not None:
+            recorder.calls.append(RotationCall(original, args, kwargs, result))
+        return result
 
-    Use as a context manager around the forward; afterwards ``keys[layer]`` and ``values[layer]`` are
-    ``[batch, kv_heads, tokens, head_dim]``.
+    recording.kvlink_original = original  # type: ignore[attr-defined]
+    return recording
+
+
+class Recorder(DynamicCache):  # type: ignore[misc]  # transformers is untyped
+    """A cache for one forward pass from nothing that sees, layer by layer, how keys were rotated.
+
+    Use as a context manager around the forward. Subclasses say what to keep in ``keep``.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
-        self._noted: torch.Tensor | None = None
+        self.calls: list[RotationCall] = []
+        self._layers = 0
 
-    def __enter__(self) -> UnrotatedCache:
-        assert getattr(_active, "cache", None) is None, "captures do not nest"
-        _active.cache = self
+    def __enter__(self) -> Recorder:
+        assert getattr(_active, "recorder", None) is None, "recorders do not nest"
+        _active.recorder = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        _active.cache = None
-
-    def note(self, key: torch.Tensor) -> None:
-        """Called with the key that is about to be rotated."""
-        self._noted = key
+        _active.recorder = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Called by each attention layer with its rotated key; keeps the unrotated one instead."""
-        assert self._noted is not None
-        assert layer_idx == len(self.keys)
-        assert self._noted.shape == key_states.shape
-        self.keys.append(self._noted)
-        self.values.append(value_states)
-        self._noted = None
+        """Called by each attention layer with the key and value that it caches."""
+        if layer_idx != self._layers:
+            raise UnsupportedModelError(
+                f"layer {layer_idx} of this model caches keys where layer {self._layers} was to: it mixes attention "
+                "with layers that keep no keys, or visits layers more than once."
+            )
+        self._layers += 1
+        calls, self.calls = self.calls, []
+        self.keep(calls, key_states, value_states)
         return key_states, value_states
+
+    def keep(self, calls: Sequence[RotationCall], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """The next layer rotated with ``calls`` and caches ``keys`` and ``values``, ``[batch, heads, tokens, dim]``."""
+        raise NotImplementedError
+
+    def update_conv_state(self, *_: Any, **__: Any) -> torch.Tensor:
+        """Refuses models that mix convolutions over tokens into their attention."""
+        raise UnsupportedModelError(_RECURRENT)
+
+    def update_recurrent_state(self, *_: Any, **__: Any) -> torch.Tensor:
+        """Refuses models with recurrent state."""
+        raise UnsupportedModelError(_RECURRENT)
+
+    def update_indexer(self, *_: Any, **__: Any) -> torch.Tensor:
+        """Refuses models whose attention picks tokens by a second, learned index."""
+        raise UnsupportedModelError(
+            "this model keeps index keys beside its keys and picks the tokens it attends to by them; a document's "
+            "cache would have to hold both, which is not supported."
+        )
+
+
+_RECURRENT = (
+    "this model keeps a recurrent state: what it knows after a document depends on everything before it in an order "
+    "that caches of single documents cannot restore."
+)

@@ -15,7 +15,7 @@ from kvlink_core.errors import ConfigError, ModelError, ModelNotFoundError
 from kvlink_core.fingerprint import Fingerprint
 from kvlink_core.models.layout_file import LayoutFile, read_layout, read_layout_file, tokenizer_digest
 from kvlink_core.models.shapes import named_shape
-from kvlink_core.models.spec import ModelSpec, spec_from_config
+from kvlink_core.models.spec import ModelSpec, check_architecture, spec_from_config
 from kvlink_core.prompt import PromptLayout
 from kvlink_core.text import first_line
 
@@ -63,7 +63,7 @@ class ModelDescription:
     def bytes_per_token(self) -> int:
         """Bytes of K and V of one token over all layers, uncompressed."""
         spec = self.spec
-        return 2 * spec.layers * spec.kv_heads * spec.head_dim * self.dtype.itemsize
+        return spec.layers * spec.kv_heads * (spec.key_dim + spec.value_dim) * self.dtype.itemsize
 
 
 def describe_model(source: str, *, device: str = "cpu", dtype: str | None = None) -> ModelDescription:
@@ -88,6 +88,7 @@ def describe_model(source: str, *, device: str = "cpu", dtype: str | None = None
         chosen = DTYPES[dtype] if dtype else _default_dtype(config, device, directory)
         file = read_layout_file(directory)
         weights = ""
+    check_architecture(config.model_type)
     spec = spec_from_config(config)
     if out := [i for i in file.token_ids if not 0 <= i < spec.vocab_size]:
         raise ConfigError(f"kvlink.json names token {out[0]}, and the model's vocabulary has {spec.vocab_size}.")
@@ -99,7 +100,7 @@ def describe_model(source: str, *, device: str = "cpu", dtype: str | None = None
         spec=spec,
         layout=layout,
         fingerprint=Fingerprint(
-            model=f"{spec.model_type}-{spec.layers}x{config.hidden_size}-{architecture_digest(raw)[:16]}",
+            model=f"{spec.model_type}-{spec.layers}x{config.get_text_config(decoder=True).hidden_size}-{architecture_digest(raw)[:16]}",
             weights=weights or weights_digest(directory),
             tokenizer=tokenizer_digest(directory),
             rope=json.dumps({k: v for k, v in raw.items() if "rope" in k or "rotary" in k}, sort_keys=True),

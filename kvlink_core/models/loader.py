@@ -12,8 +12,9 @@ from transformers.utils import logging as transformers_logging
 
 from kvlink_core.errors import ConfigError, ModelError
 from kvlink_core.fingerprint import Fingerprint
-from kvlink_core.models.capture import install
+from kvlink_core.models.causal_lm import CausalLM, attention_of, prepare
 from kvlink_core.models.describe import EMBEDDED, ModelDescription, describe_model
+from kvlink_core.models.key_recipe import Recipes
 from kvlink_core.models.rope import Rotary
 from kvlink_core.models.spec import ModelSpec
 from kvlink_core.prompt import PromptLayout
@@ -26,20 +27,33 @@ class LoadedModel:
 
     Attributes:
         description: what the model is.
-        network: the Hugging Face causal language model, in evaluation mode.
-        rotary: re-positions keys.
+        lm: its network, made ready for encoding and linking.
         stop_ids: token ids that end an answer.
     """
 
     description: ModelDescription
-    network: Any
-    rotary: Rotary
+    lm: CausalLM
     stop_ids: frozenset[int]
 
     @property
     def name(self) -> str:
         """Public model id."""
         return self.description.name
+
+    @property
+    def network(self) -> Any:
+        """The Hugging Face causal language model."""
+        return self.lm.network
+
+    @property
+    def rotary(self) -> Rotary:
+        """Re-positions keys."""
+        return self.lm.rotary
+
+    @property
+    def recipes(self) -> Recipes:
+        """What the model caches, and in which shapes."""
+        return self.lm.recipes
 
     @property
     def spec(self) -> ModelSpec:
@@ -69,7 +83,7 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return torch.device(self.network.device)
+        return self.lm.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,19 +109,18 @@ def load_model(source: str = EMBEDDED, *, device: str = "cpu", dtype: str | None
     """
     where = _usable(device)
     description = describe_model(source, device=where.type, dtype=dtype)
-    network = (_random if description.random else _pretrained)(description)
-    network = network.to(where).eval().requires_grad_(False)
-    decoder = network.get_decoder()
-    end = network.generation_config.eos_token_id
+    attention, masking = attention_of(description.config)
+    network = (_random if description.random else _pretrained)(description, attention)
+    return assemble(description, prepare(network.to(where), masking))
+
+
+def assemble(description: ModelDescription, lm: CausalLM) -> LoadedModel:
+    """A loaded model from its two halves."""
+    end = lm.network.generation_config.eos_token_id
     stop_ids = {end} if isinstance(end, int) else set(end or ())
     if description.layout.end_id is not None:
         stop_ids.add(description.layout.end_id)
-    return LoadedModel(
-        description=description,
-        network=network,
-        rotary=Rotary(decoder.rotary_emb, install(decoder.layers[0].self_attn)),
-        stop_ids=frozenset(stop_ids),
-    )
+    return LoadedModel(description, lm, frozenset(stop_ids))
 
 
 def _usable(device: str) -> torch.device:
@@ -119,14 +132,12 @@ def _usable(device: str) -> torch.device:
     return where
 
 
-def _random(description: ModelDescription) -> Any:
+def _random(description: ModelDescription, attention: str) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(
-        description.config, attn_implementation=description.spec.attention, dtype=description.dtype
-    )
+    return AutoModelForCausalLM.from_config(description.config, attn_implementation=attention, dtype=description.dtype)
 
 
-def _pretrained(description: ModelDescription) -> Any:
+def _pretrained(description: ModelDescription, attention: str) -> Any:
     directory = str(description.directory)
     transformers_logging.disable_progress_bar()  # it writes over ours, and into the logs of every replica
     try:
@@ -134,7 +145,7 @@ def _pretrained(description: ModelDescription) -> Any:
             directory,
             local_files_only=True,
             use_safetensors=True,
-            attn_implementation=description.spec.attention,
+            attn_implementation=attention,
             dtype=description.dtype,
             output_loading_info=True,
         )

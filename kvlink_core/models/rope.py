@@ -1,55 +1,65 @@
 """Re-position: give unrotated keys the rotation of their place in this prompt (DESIGN section 3).
 
-Nothing of RoPE is computed here. Cosines and sines come from the model's own rotary module, in float32, and are
-applied by the very function that the model's attention calls, so every RoPE kind is right by construction.
+Nothing of RoPE is computed here. Cosines and sines come from the model's own rotary modules, in float32, and are
+applied by the very functions that the model's attention calls, so every RoPE kind is right by construction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
 
 import torch
+
+from kvlink_core.models.key_recipe import KeyRecipe, Recipes
 
 
 @dataclass(frozen=True, slots=True)
 class RopeTables:
-    """Cosines and sines of some positions, float32 ``[1, positions, rotary_dim]``."""
+    """What the rotary modules say of some positions: per table source a tuple of float32 tensors ``[1, n, dim]``."""
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    sources: tuple[tuple[torch.Tensor, ...], ...]
 
     def slice(self, start: int, end: int) -> RopeTables:
         """The tables of positions ``start..end-1`` of these (views)."""
-        return RopeTables(self.cos[:, start:end], self.sin[:, start:end])
+        return RopeTables(tuple(tuple(part[:, start:end] for part in source) for source in self.sources))
 
 
 class Rotary:
-    """The rotary embedding of one loaded model.
+    """Re-positions the keys of one loaded model. Safe to use from several threads."""
 
-    Args:
-        module: the model's rotary module; called as ``module(x, position_ids)``.
-        apply: the ``apply_rotary_pos_emb`` of the model's modelling module, unpatched.
-    """
-
-    def __init__(self, module: Any, apply: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
-        self._module = module
-        self._apply = apply
+    def __init__(self, recipes: Recipes) -> None:
+        self._recipes = recipes
+        self._runs: list[tuple[int, int, KeyRecipe | None]] = []
+        for recipe, layers in groupby(enumerate(recipes.layers), key=lambda pair: pair[1]):
+            numbers = [number for number, _ in layers]
+            self._runs.append((numbers[0], numbers[-1] + 1, recipe))
 
     @torch.inference_mode()
     def tables(self, positions: torch.Tensor) -> RopeTables:
         """Tables for int64 positions ``[n]``, computed in float32 whatever the model's dtype is."""
-        probe = torch.empty(1, dtype=torch.float32, device=positions.device)
-        cos, sin = self._module(probe, positions.unsqueeze(0))
-        return RopeTables(cos, sin)
+        return RopeTables(tuple(source.tables(positions) for source in self._recipes.sources))
 
     @torch.inference_mode()
-    def rotate(self, keys: torch.Tensor, tables: RopeTables) -> torch.Tensor:
-        """Rotate keys ``[layers, kv_heads, n, head_dim]`` to the positions of ``tables``.
+    def place(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tables: RopeTables,
+        out_keys: torch.Tensor,
+        out_values: torch.Tensor,
+    ) -> None:
+        """Write what a document's layers cache into its place, rotated to the positions of ``tables``.
 
-        Returns a new float32 tensor of the same shape; the caller casts when it writes it to its place.
+        Args:
+            keys, values: ``[layers, heads, n, dim]`` before RoPE, in any dtype, on the model's device; not written to.
+            tables: of n positions.
+            out_keys, out_values: of the same shapes, usually views; computed in float32 and then cast.
         """
-        keys = keys.float()
-        _, rotated = self._apply(keys[:, :0], keys, tables.cos, tables.sin)
-        return rotated
+        for begin, end, recipe in self._runs:
+            for slot, stored, out in (("key", keys, out_keys), ("value", values, out_values)):
+                made = stored[begin:end]
+                if recipe is not None and recipe.slot == slot:
+                    made = recipe.rotated(made.float(), tables.sources)
+                    made = made if recipe.after is None else recipe.after(made)
+                out[begin:end].copy_(made)

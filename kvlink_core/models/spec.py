@@ -1,93 +1,132 @@
-"""What the rest of the system must know of a model's attention, read from its Hugging Face configuration.
+"""What the rest of the system must know of a model before its weights are there, read from its configuration.
 
-An architecture is either known to meet the oracle (``tests/linking``) or refused by name: nothing is served by a
-model that was never checked.
+An architecture is either known to meet the oracle (``kvlink architectures``; the table is ``architectures.json``) or
+refused with the reason: nothing is served by a model that was never checked.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from kvlink_core.errors import UnsupportedModelError
 
-#: ``model_type`` of the architectures whose linked logits meet the oracle in float32.
-SUPPORTED_MODEL_TYPES = ("gemma2", "llama", "mistral", "qwen2", "qwen3")
+#: RoPE kinds whose rotation of a position does not depend on the length of the prompt.
+LENGTH_FREE_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
-#: RoPE kinds whose rotation of a position does not depend on the length of the prompt. The others ("dynamic",
-#: "longrope") change the hidden states *inside* a document once the whole prompt outgrows the original context, so
-#: a cache made alone would be wrong there.
-LENGTH_FREE_ROPE = ("default", "linear", "llama3", "yarn")
+#: RoPE kinds whose frequencies change once a prompt outgrows the original context. That changes the hidden states
+#: *inside* a document too, so a cache made alone is exact up to that length and not beyond.
+LENGTH_BOUND_ROPE = ("dynamic", "longrope")
+
+_TABLE = Path(__file__).with_name("architectures.json")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Shape of a model's key/value cache and reach of its attention.
+    """Shape and reach of a model.
 
     Attributes:
         model_type: Hugging Face's ``model_type``.
-        layers, kv_heads, head_dim: shape of K and V: ``[layers, kv_heads, tokens, head_dim]``.
-        context_length: positions the model was made for.
-        windows: per layer, how many tokens back (itself included) a token may see; ``None`` for all.
-        mask_kinds: per layer, the name under which the model looks its mask up in a mapping, or ``None`` when the
-            model takes one mask for all layers.
-        attention: ``sdpa``, or ``eager`` where the model's attention has a term that SDPA lacks (soft-capping).
+        layers, kv_heads, key_dim, value_dim: what one token takes in the cache, for estimates before loading; the
+            loaded model knows exactly.
+        vocab_size: token ids that it knows.
+        context_length: positions that it is exact for.
+        context_reason: why ``context_length`` is less than what the model was made for, or "".
     """
 
     model_type: str
     layers: int
     kv_heads: int
-    head_dim: int
+    key_dim: int
+    value_dim: int
     vocab_size: int
     context_length: int
-    windows: tuple[int | None, ...]
-    mask_kinds: tuple[str | None, ...]
-    attention: str
+    context_reason: str = ""
 
-    @property
-    def windowed(self) -> bool:
-        """Whether any layer sees less than everything before it."""
-        return any(w is not None for w in self.windows)
+
+@cache
+def architecture_table() -> Mapping[str, Mapping[str, str]]:
+    """By ``model_type``: ``class``, ``status`` (``exact`` or ``refused``) and, for the refused, ``reason``."""
+    table: dict[str, dict[str, str]] = json.loads(_TABLE.read_text())["architectures"]
+    return table
+
+
+def exact_model_types() -> tuple[str, ...]:
+    """The ``model_type`` of every architecture whose linked logits meet the oracle."""
+    return tuple(name for name, row in architecture_table().items() if row["status"] == "exact")
+
+
+def check_architecture(model_type: str) -> None:
+    """Raises ``UnsupportedModelError`` unless the architecture is known to link exactly."""
+    row = architecture_table().get(model_type)
+    if row is None:
+        raise UnsupportedModelError(
+            f"architecture {model_type!r} was never checked against the oracle, so it is not served. "
+            "`kvlink architectures` lists those that were."
+        )
+    if row["status"] != "exact":
+        raise UnsupportedModelError(f"architecture {model_type!r} does not link exactly: {row['reason']}")
 
 
 def spec_from_config(config: Any) -> ModelSpec:
-    """Read a ``PretrainedConfig``.
+    """Read a ``PretrainedConfig``, that of a text model or of one with a text model inside.
 
     Raises:
-        UnsupportedModelError: the architecture or its RoPE kind was not shown to link exactly.
+        UnsupportedModelError: a setting changes what a document's cache is in a way that cannot be linked.
     """
-    model_type = str(config.model_type)
-    if model_type not in SUPPORTED_MODEL_TYPES:
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "alibi", False):
         raise UnsupportedModelError(
-            f"architecture {model_type!r} is not among those that link exactly: "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}. Use one of these."
+            "this model adds a bias by distance (ALiBi) instead of rotating its keys, which is not supported."
         )
-    rope = config.rope_parameters or {}
-    kind = rope.get("rope_type", "default")
-    if kind not in LENGTH_FREE_ROPE:
-        raise UnsupportedModelError(
-            f"RoPE type {kind!r} depends on the length of the whole prompt, so a document encoded alone would "
-            f"differ from the same document in a long prompt; supported: {', '.join(LENGTH_FREE_ROPE)}."
-        )
-    layers = int(config.num_hidden_layers)
-    heads = int(config.num_attention_heads)
-    layer_types = getattr(config, "layer_types", None)  # present in configs that mix kinds of attention
-    window = getattr(config, "sliding_window", None)
-    if layer_types is None:
-        windows: tuple[int | None, ...] = (window,) * layers
-        kinds: tuple[str | None, ...] = (None,) * layers
-    else:
-        windows = tuple(window if t == "sliding_attention" else None for t in layer_types)
-        kinds = tuple(layer_types)
-    softcap = getattr(config, "attn_logit_softcapping", None)
+    heads = int(text.num_attention_heads)
+    latent = getattr(text, "kv_lora_rank", None)
+    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    length, reason = exact_length(text)
     return ModelSpec(
-        model_type=model_type,
-        layers=layers,
-        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-        vocab_size=int(config.vocab_size),
-        context_length=int(config.max_position_embeddings),
-        windows=windows,
-        mask_kinds=kinds,
-        attention="eager" if softcap is not None else "sdpa",
+        model_type=str(config.model_type),
+        layers=int(text.num_hidden_layers),
+        kv_heads=1 if latent else int(getattr(text, "num_key_value_heads", None) or heads),
+        key_dim=int(latent or head_dim),
+        value_dim=int(text.qk_rope_head_dim if latent else head_dim),
+        vocab_size=int(text.vocab_size),
+        context_length=length,
+        context_reason=reason,
     )
+
+
+def exact_length(config: Any) -> tuple[int, str]:
+    """How long a prompt may get while documents encoded alone stay exact, and why not longer ("" when it is all).
+
+    Raises:
+        UnsupportedModelError: a RoPE kind that is not known.
+    """
+    limits = [(int(config.max_position_embeddings), "")]
+    for rope in _rope_settings(config):
+        kind = rope.get("rope_type", "default")
+        if kind not in LENGTH_FREE_ROPE + LENGTH_BOUND_ROPE:
+            raise UnsupportedModelError(
+                f"RoPE type {kind!r} is not known; supported: {', '.join(LENGTH_FREE_ROPE + LENGTH_BOUND_ROPE)}."
+            )
+        original = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+        if kind in LENGTH_BOUND_ROPE:
+            limits.append((original, f"beyond, RoPE type {kind!r} changes what a document's own tokens compute"))
+        if rope.get("llama_4_scaling_beta"):
+            limits.append((original, _TEMPERATURE))
+    if getattr(config, "attn_temperature_tuning", False):
+        limits.append((int(config.floor_scale) - 1, _TEMPERATURE))
+    return min(limits, key=lambda limit: (limit[0], not limit[1]))
+
+
+_TEMPERATURE = "beyond, attention is scaled by a token's position in the prompt, which a document encoded alone lacks"
+
+
+def _rope_settings(config: Any) -> Iterator[Mapping[str, Any]]:
+    """The RoPE settings of all kinds of layers."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [v for v in rope.values() if isinstance(v, Mapping)]
+    yield from nested or [rope]

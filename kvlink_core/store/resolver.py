@@ -197,13 +197,13 @@ class DocumentResolver:
 
     def _misfit(self, cache: DocumentCache) -> PayloadForeignError | None:
         """Why a sound payload is not one of this model, if so: its shape would be broadcast, not refused, later on."""
-        spec = self.model.spec
-        expected = (spec.layers, spec.kv_heads, cache.tokens, spec.head_dim)
-        if cache.keys.shape == cache.values.shape == expected and cache.keys.dtype == self.model.dtype:
+        keys, values = self.model.recipes.shapes(cache.tokens)
+        fits = cache.keys.shape == keys and cache.values.shape == values
+        if fits and cache.keys.dtype == cache.values.dtype == self.model.dtype:
             return None
         return PayloadForeignError(
-            f"keys {tuple(cache.keys.shape)} {cache.keys.dtype} and values {tuple(cache.values.shape)}, where this "
-            f"model has {expected} {self.model.dtype}"
+            f"keys {tuple(cache.keys.shape)} and values {tuple(cache.values.shape)} of {cache.keys.dtype}, where this "
+            f"model has {keys} and {values} of {self.model.dtype}"
         )
 
     def _token_ids(self, row: CatalogRow) -> list[int]:

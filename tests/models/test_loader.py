@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, save_tiny, tiny_configs
-from transformers import GPT2Config, LlamaConfig
+from transformers import FalconConfig, LlamaConfig
 
 from kvlink_core.errors import ConfigError, ModelError, ModelNotFoundError, UnsupportedModelError
 from kvlink_core.models import LoadedModel, describe_model, load_model
-from kvlink_core.models.spec import spec_from_config
+from kvlink_core.models.spec import check_architecture, spec_from_config
 
 
 @pytest.fixture
@@ -102,18 +102,26 @@ def test_unknown_shape() -> None:
 
 
 def test_unchecked_architectures_are_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModelError, match="'gpt2'"):
-        spec_from_config(GPT2Config())
+    with pytest.raises(UnsupportedModelError, match="'no-such-model'"):
+        check_architecture("no-such-model")
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rope_that_depends_on_the_length_is_refused(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "limit"), [("dynamic", 64), ("longrope", 16)])
+def test_rope_that_depends_on_the_length_is_exact_up_to_the_original_context(kind: str, limit: int) -> None:
     rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 16}
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, num_attention_heads=4, rope_parameters=rope)
-    with pytest.raises(UnsupportedModelError, match=kind):
-        spec_from_config(config)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_attention_heads=4, rope_parameters=rope, max_position_embeddings=64
+    )
+    spec = spec_from_config(config)
+    assert spec.context_length == limit
+    assert kind in spec.context_reason
+
+
+def test_a_bias_by_distance_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="ALiBi"):
+        spec_from_config(FalconConfig(alibi=True))
 
 
 def test_the_fingerprint_is_stable(tiny_model: LoadedModel, tiny_model_dir: Path) -> None:

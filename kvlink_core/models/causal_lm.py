@@ -1,0 +1,139 @@
+"""A causal language model of transformers, made ready for linking: encode documents alone, compute on a linked cache.
+
+Models that take their attention from transformers' registry get ours (``attention``), which sees windows and chunks as
+the model means them. Older ones that bring their own attention take an explicit mask instead; those have no windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+
+from kvlink_core.errors import UnsupportedModelError
+from kvlink_core.models.attention import ATTENTION, attending
+from kvlink_core.models.capture import install
+from kvlink_core.models.key_recipe import Recipes, UnrotatedCache
+from kvlink_core.models.probe import find_recipes
+from kvlink_core.models.rope import Rotary
+
+#: Who masks: our attention, asked by the model; or a mask given with each call, boolean or additive.
+Masking = Literal["asked", "boolean", "additive"]
+
+
+@dataclass(frozen=True, slots=True)
+class CausalLM:
+    """A network with the handles that encoding and linking need. Shared by threads; its weights are never changed.
+
+    Attributes:
+        network: the Hugging Face model with its language modelling head, in evaluation mode.
+        decoder: the part of it that embeds tokens and runs the layers.
+        recipes: how its layers make the keys that they cache.
+        rotary: re-positions keys.
+        masking: how it learns what a token may see.
+    """
+
+    network: Any
+    decoder: Any
+    recipes: Recipes
+    rotary: Rotary
+    masking: Masking
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return torch.device(self.network.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of weights and caches."""
+        return self.network.dtype  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def encode(self, **inputs: torch.Tensor) -> UnrotatedCache:
+        """Run documents alone, one per row, from position 0; the padding, if any, stands at the right.
+
+        Args:
+            inputs: ``input_ids`` int64 ``[batch, tokens]``, or ``inputs_embeds [batch, tokens, hidden]``.
+        """
+        with UnrotatedCache(self.recipes) as cache:
+            self.decoder(**inputs, past_key_values=cache, use_cache=True)
+        return cache
+
+    @torch.inference_mode()
+    def compute(self, token_ids: torch.Tensor, positions: torch.Tensor, length: int, cache: Cache) -> torch.Tensor:
+        """Run some tokens of one prompt, which see their earlier positions among slots ``0..length-1`` of ``cache``.
+
+        Args:
+            token_ids, positions: int64 ``[n]`` on the model's device; positions ascending.
+            length: slots that exist so far; the last position is ``length - 1``.
+            cache: its ``update`` takes the keys and values of the computed tokens and returns those of all slots.
+
+        Returns:
+            Float32 logits ``[vocabulary]`` after the last token.
+        """
+        inputs = {
+            "input_ids": token_ids.unsqueeze(0),
+            "position_ids": positions.unsqueeze(0),
+            "past_key_values": cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        if positions.shape[0] == length:  # nothing is there yet: the model's own causal mask, with the fastest kernels
+            output = self.network(**inputs)
+        elif self.masking == "asked":
+            with attending(positions, length):
+                output = self.network(**inputs)
+        else:
+            seen = torch.arange(length, device=positions.device) <= positions[:, None]
+            output = self.network(**inputs, attention_mask=self._given(seen[None, None]))
+        return output.logits[0, -1].float()  # type: ignore[no-any-return]
+
+    def _given(self, seen: torch.Tensor) -> torch.Tensor:
+        if self.masking == "boolean":
+            return seen
+        lowest = torch.finfo(self.dtype).min
+        return torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill_(~seen, lowest)
+
+
+def attention_of(config: Any) -> tuple[str, Masking]:
+    """The ``attn_implementation`` to load a model of ``config`` with, and how it is then told what a token may see."""
+    network_class = AutoModelForCausalLM._model_mapping[type(config)]
+    if network_class._supports_attention_backend:
+        return ATTENTION, "asked"
+    return ("sdpa", "boolean") if network_class._supports_sdpa else ("eager", "additive")
+
+
+def prepare(network: Any, masking: Masking) -> CausalLM:
+    """Make a network ready for linking.
+
+    Args:
+        network: loaded with the ``attn_implementation`` of ``attention_of``; put into evaluation mode.
+        masking: as ``attention_of`` says.
+
+    Raises:
+        UnsupportedModelError: its keys cannot be read before RoPE and re-positioned exactly.
+    """
+    network = network.eval().requires_grad_(False)
+    decoder = network.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):  # some name their output head so
+        decoder = network.base_model
+    install(network)
+    recipes = _refusing(lambda: find_recipes(network, decoder))
+    return CausalLM(network, decoder, recipes, Rotary(recipes), masking)
+
+
+def _refusing(probe: Callable[[], Recipes]) -> Recipes:
+    """Name whatever a model does that our cache does not know: it was made for another kind of cache."""
+    try:
+        return probe()
+    except UnsupportedModelError:
+        raise
+    except (IndexError, AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise UnsupportedModelError(
+            f"this model does not run over a cache of keys and values alone ({type(error).__name__}: {error}); it "
+            "keeps a state of another kind, which cannot be linked."
+        ) from error
