@@ -70,6 +70,33 @@ class UnknownDocumentError(InputError):
         self.document_ids = document_ids
 
 
+class DocumentPlaceError(UnknownDocumentError):
+    """A document named by its id alone, stored for other places of a prompt than the one it has in this one."""
+
+    code = "document_not_at_place"
+
+    def __init__(self, document_id: str, place: int) -> None:
+        InputError.__init__(
+            self,
+            f"document {document_id!r} is not stored for place {place} (from 0) of a prompt, and this model's document "
+            "template names the place. Send its text, or run precompute with more --places.",
+            param="documents",
+        )
+        self.document_ids = [document_id]
+
+
+class TooManyDocumentsError(InputError):
+    """More documents than the model has link tokens for."""
+
+    code = "too_many_documents"
+
+
+class MisplacedDocumentsError(InputError):
+    """Documents in a turn that cannot hold them: not a user's, or the chat template drops, repeats or changes it."""
+
+    code = "misplaced_documents"
+
+
 class EmptyQuestionError(InputError):
     """A prompt without a question."""
 
@@ -125,6 +152,12 @@ class UnsupportedModelError(ModelError):
     """The architecture cannot be linked exactly; refused rather than served wrong."""
 
     code = "unsupported_model"
+
+
+class ChatTemplateError(ModelError):
+    """The model's chat template cannot be read, or has no place for documents where ``kvlink.json`` puts them."""
+
+    code = "chat_template_error"
 
 
 class StoreError(KVLinkError):

@@ -2,41 +2,46 @@
 
     prefix | mem_start | doc_1 | link_1 x k | ... | doc_n | link_n x k | mem_end | suffix
 
-The chat template is rendered once with a marker where the documents go; what stands before the marker is the
-prefix, what stands after it the suffix. Nobody guesses at the strings of a template. Text that comes from outside
-(documents, messages) can never become a control token: it is tokenised with those switched off.
+Where documents were added in several turns, each turn has its own ``mem_start | documents | mem_end``, and ``between``
+stands what was said from one to the next. Places are counted over all of them.
 """
 
 from __future__ import annotations
 
-import json
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-import jinja2
 import torch
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
-from kvlink_core.errors import EmptyDocumentError, EmptyQuestionError, InputError, ModelError
+from kvlink_core.chat import ChatTemplate, Turn, chat_template_of
+from kvlink_core.errors import (
+    ChatTemplateError,
+    ConfigError,
+    EmptyDocumentError,
+    EmptyQuestionError,
+    InputError,
+    MisplacedDocumentsError,
+)
 from kvlink_core.template import DocumentTemplate, LinkTokens
 from kvlink_core.text import is_unicode
-from kvlink_core.types import Document, Message
+from kvlink_core.tokens import GuardedTokenizer
+from kvlink_core.types import Document, DocumentRef, Message
 
-#: For models that bring no chat template of their own (base models).
-PLAIN_CHAT_TEMPLATE = (
-    "{{ bos_token or '' }}{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
+SegmentKind = Literal["prefix", "mem_start", "document", "link", "mem_end", "between", "suffix"]
 
-SegmentKind = Literal["prefix", "mem_start", "document", "link", "mem_end", "suffix"]
+#: Where a request's documents stand: at the end of the system turn, at the start of the last user turn, or in a turn
+#: of their own before it, of the role ``DOCUMENTS_ROLE``.
+DocumentsIn = Literal["system", "user", "turn"]
+
+DOCUMENTS_ROLE = "documents"
+
+D = TypeVar("D", bound=Document | DocumentRef)
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of tokens of the prompt. ``document`` is the document's index for documents and their links."""
+    """A run of tokens of the prompt. ``document`` is the document's place for documents and their links."""
 
     kind: SegmentKind
     token_ids: tuple[int, ...]
@@ -72,28 +77,38 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Token ids of a conversation before and after the place of its documents."""
+    """A conversation without its documents.
 
-    prefix: Sequence[int]
-    suffix: Sequence[int]
+    Attributes:
+        pieces: token ids, cut where documents stand: one piece more than ``groups``.
+        groups: how many documents stand at each cut.
+    """
+
+    pieces: tuple[Sequence[int], ...]
+    groups: tuple[int, ...]
 
 
 class PromptLayout:
-    """How one model's prompts are laid out.
+    """How one model's prompts are laid out. Safe to use from several threads.
 
     Args:
-        tokenizer: the model's fast Hugging Face tokenizer; brings the chat template.
-        documents_in: whether documents stand at the end of the system turn or at the start of the last user turn.
+        tokenizer: the model's fast Hugging Face tokenizer.
+        chat_template: a Jinja template instead of the tokenizer's own.
+        documents_in: where the documents of a request stand.
         template: how a document becomes text.
-        mem_start, mem_end: token ids around all documents; may be empty.
+        mem_start, mem_end: token ids around the documents of a turn; may be empty.
         link_tokens: the trained link tokens, or ``None`` when the model has none.
+
+    Raises:
+        ChatTemplateError: the tokenizer has several chat templates, none of them the default.
     """
 
     def __init__(
         self,
         tokenizer: Any,
         *,
-        documents_in: Literal["system", "user"] = "user",
+        chat_template: str | None = None,
+        documents_in: DocumentsIn = "user",
         template: DocumentTemplate | None = None,
         mem_start: tuple[int, ...] = (),
         mem_end: tuple[int, ...] = (),
@@ -104,39 +119,19 @@ class PromptLayout:
         self.mem_start = mem_start
         self.mem_end = mem_end
         self.link_tokens = link_tokens
-        self._chat = tokenizer
         self.end_id: int | None = tokenizer.eos_token_id
-        self._chat_template = str(tokenizer.chat_template or PLAIN_CHAT_TEMPLATE)
-        # Two tokenizers of our own: one that reads control tokens as plain text, one that knows them. Setting the
-        # switch on a shared one around each call would be a race between threads.
-        definition = json.loads(tokenizer.backend_tokenizer.to_str())
-        self._knowing = Tokenizer.from_str(json.dumps(definition))
+        source = chat_template or chat_template_of(tokenizer)
         links = link_tokens.ids if link_tokens else ()
-        # Not every control token is marked special: "<think>" of some chat templates is an ordinary added token.
-        control = [
-            token
-            for token in definition["added_tokens"]
-            if token["special"]
-            or token["content"] in self._chat_template
-            or token["id"] in (*mem_start, *mem_end, *links)
-        ]
-        for token in control:
-            token["special"] = True
-        self._control = tuple(token["content"] for token in control)
-        self._plain = Tokenizer.from_str(json.dumps(definition))
-        self._plain.encode_special_tokens = True
-        for each in (self._knowing, self._plain):
-            each.no_truncation()
-            each.no_padding()
+        self._tokens = GuardedTokenizer(tokenizer, chat_template=source, control_ids=(*mem_start, *mem_end, *links))
+        self._chat = ChatTemplate(tokenizer, source, self._tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated tokens, control tokens left out; incomplete UTF-8 shows as U+FFFD."""
-        return str(self._knowing.decode(list(token_ids), skip_special_tokens=True))
+        return self._tokens.decode(token_ids)
 
     def decode_stream(self) -> Callable[[int], str | None]:
         """A decoder for one answer: called with each token, returns text once it is whole characters."""
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token_id: stream.step(self._knowing, token_id)
+        return self._tokens.decode_stream()
 
     def plain_tokens(self, text: str) -> list[int]:
         """Token ids of text from outside; control tokens in it stay text.
@@ -144,121 +139,152 @@ class PromptLayout:
         Raises:
             InputError: the text is not Unicode (it has half of a surrogate pair).
         """
-        if not is_unicode(text):
-            raise InputError("a text has half of a surrogate pair in it; send whole Unicode characters.")
-        return list(self._plain.encode(text, add_special_tokens=False).ids)
+        return self._tokens.plain(text)
 
-    def document_tokens(self, document: Document) -> list[int]:
+    def document_tokens(self, document: Document, place: int | None = None) -> list[int]:
         """Token ids of a rendered document.
 
+        Args:
+            document: the document.
+            place: its place in the prompt, from 0; needed where ``template.by_place``.
+
         Raises:
-            EmptyDocumentError: the text is empty or only white space.
+            ConfigError: no place was given and the template names it.
+            EmptyDocumentError: the text is empty or only white space, or comes to no token.
         """
-        if not document.text.strip():
+        if place is None and self.template.by_place:
+            raise ConfigError("this model's document template names the document's place; say which it is.")
+        text = self.template.render(document, place or 0) if document.text.strip() else ""
+        token_ids = self.plain_tokens(text)
+        if not token_ids:
             raise EmptyDocumentError(
                 f"document {document.id!r} has no text; leave it out or send its text.", param="documents"
             )
-        return self.plain_tokens(self.template.render(document))
+        return token_ids
+
+    def check(self) -> None:
+        """Try the chat template on one question with documents.
+
+        Raises:
+            ChatTemplateError: it is not Jinja, or cannot hold documents where ``documents_in`` puts them.
+        """
+        try:
+            self.frame([Message("user", "?")], documents=1)
+        except MisplacedDocumentsError as error:
+            raise ChatTemplateError(str(error)) from error
+        except InputError:
+            pass  # a template that wants another conversation than this: each request will show
+
+    def in_order(self, messages: Sequence[Message], documents: Sequence[D]) -> list[D | Document | DocumentRef]:
+        """All documents as they stand in the prompt: those of the request (``documents``) and of each message."""
+        added = [d for message in messages for d in message.documents]
+        return [*documents, *added] if self.documents_in == "system" else [*added, *documents]
 
     def build(
         self, messages: Sequence[Message], documents: Sequence[Sequence[int]], *, links: LinkTokens | None
     ) -> Prompt:
-        """Lay out a prompt: ``frame`` and ``assemble`` in one."""
-        return self.assemble(self.frame(messages, with_documents=bool(documents)), documents, links=links)
+        """Lay out a prompt: ``frame`` and ``assemble`` in one; documents of messages among ``documents``, in order."""
+        added = sum(len(m.documents) for m in messages)
+        return self.assemble(self.frame(messages, documents=len(documents) - added), documents, links=links)
 
-    def frame(self, messages: Sequence[Message], *, with_documents: bool) -> Frame:
+    def frame(self, messages: Sequence[Message], *, documents: int) -> Frame:
         """Render and tokenise the conversation, all but the documents.
 
         Args:
-            messages: the conversation; the last one is the question and must come from the user.
-            with_documents: whether there will be documents.
+            messages: the conversation; the last one is the question and must come from the user. Of the documents
+                in it only the number counts.
+            documents: how many documents the request has besides those of its messages.
 
         Raises:
             EmptyQuestionError: no message, or the last one has no text.
-            InputError: roles that the chat template refuses.
+            MisplacedDocumentsError: documents in a turn that cannot hold them.
+            InputError: an unknown role, or messages that the chat template refuses.
         """
         if not messages or not messages[-1].content.strip():
             raise EmptyQuestionError("the last message has no text; ask something.", param="messages")
-        if not all(is_unicode(m.content) for m in messages):
-            raise InputError("a message has half of a surrogate pair in it; send whole Unicode characters.")
+        for index, message in enumerate(messages):
+            if message.role not in ("system", "user", "assistant"):
+                raise InputError(f"message {index} has the unknown role {message.role!r}.", param="messages")
+            if not is_unicode(message.content):
+                raise InputError("a message has half of a surrogate pair in it; send whole Unicode characters.")
+            if message.documents and message.role != "user":
+                raise MisplacedDocumentsError(
+                    f"message {index} ({message.role}) has documents; attach them to a user's message, or to the "
+                    "request.",
+                    param="messages",
+                )
         if messages[-1].role != "user":
             raise InputError("the last message must have the role 'user'.", param="messages")
-        return Frame(*self._surroundings(messages, with_documents=with_documents))
+        turns, groups = self._turns(messages, documents)
+        return Frame(tuple(self._split(messages, turns)), groups)
+
+    def _turns(self, messages: Sequence[Message], documents: int) -> tuple[list[Turn], tuple[int, ...]]:
+        """The turns to render, and how many documents each of those has that holds some."""
+        counts = [len(m.documents) for m in messages]
+        if documents and self.documents_in != "system":
+            if counts[-1]:
+                raise MisplacedDocumentsError(
+                    "the request and its last message both have documents, for the same place; "
+                    "send them all with one of the two.",
+                    param="documents",
+                )
+            counts[-1] = documents
+        turns = []
+        for message, count in zip(messages, counts, strict=True):
+            if count and self.documents_in == "turn":
+                turns.append(Turn(DOCUMENTS_ROLE, "", "after"))
+            in_turn = count and self.documents_in != "turn"
+            turns.append(Turn(message.role, message.content, "before" if in_turn else ""))
+        if documents and self.documents_in == "system":
+            counts.insert(0, documents)
+            system = turns.pop(0).content if turns[0].role == "system" else ""
+            turns.insert(0, Turn("system", system, "after"))
+        return turns, tuple(c for c in counts if c)
+
+    def _split(self, messages: Sequence[Message], turns: Sequence[Turn]) -> list[list[int]]:
+        try:
+            return self._chat.split(turns)
+        except MisplacedDocumentsError as error:
+            reason = str(error)
+        except InputError as error:
+            if len(turns) == len(messages):
+                raise
+            # A turn was added to hold documents. Raises where it is not that turn which is refused.
+            self._chat.split([Turn(m.role, m.content) for m in messages])
+            reason = f"{str(error).rstrip('.')} with a turn that holds documents"
+        raise MisplacedDocumentsError(
+            f"{reason}; attach documents to another user turn, or change documents_in or chat_template in the model's "
+            f"kvlink.json (documents_in is {self.documents_in!r}).",
+            param="messages",
+        )
 
     def assemble(self, frame: Frame, documents: Sequence[Sequence[int]], *, links: LinkTokens | None) -> Prompt:
         """Put documents into a frame.
 
         Args:
-            frame: made with ``with_documents`` exactly when there are documents.
-            documents: token ids of each document, in order; may be empty.
+            frame: made for as many documents.
+            documents: token ids of each document, in the order of ``in_order``.
             links: the link tokens to put after each document, or ``None`` for none.
 
         Raises:
-            InputError: more documents than the model has link tokens for.
+            TooManyDocumentsError: more documents than the model has link tokens for.
         """
-        runs: list[tuple[SegmentKind, Sequence[int], int | None]] = [("prefix", frame.prefix, None)]
-        if documents:
-            runs.append(("mem_start", self.mem_start, None))
-            for i, token_ids in enumerate(documents):
-                assert token_ids, "empty documents are refused before"
-                runs.append(("document", token_ids, i))
+        assert sum(frame.groups) == len(documents), "a frame for other documents"
+        runs: list[tuple[SegmentKind, Sequence[int], int | None]] = []
+        first = 0
+        for count, piece in zip(frame.groups, frame.pieces, strict=False):
+            runs += [("between" if first else "prefix", piece, None), ("mem_start", self.mem_start, None)]
+            for place in range(first, first + count):
+                assert documents[place], "empty documents are refused before"
+                runs.append(("document", documents[place], place))
                 if links is not None:
-                    runs.append(("link", links.after(i), i))
+                    runs.append(("link", links.after(place), place))
+            first += count
             runs.append(("mem_end", self.mem_end, None))
-        runs.append(("suffix", frame.suffix, None))
+        runs.append(("suffix", frame.pieces[-1], None))
         segments, at = [], 0
         for kind, token_ids, document in runs:
             if token_ids:
                 segments.append(Segment(kind, tuple(token_ids), at, document))
                 at += len(token_ids)
         return Prompt(tuple(segments))
-
-    def _surroundings(self, messages: Sequence[Message], *, with_documents: bool) -> tuple[list[int], list[int]]:
-        """Token ids before and after the place of the documents."""
-        marker = f"\u2063{uuid.uuid4().hex}\u2063"
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        # Content that spells a control token is cut out, and put back as plain text after tokenising the rest.
-        held: dict[str, str] = {}
-        for turn in turns:
-            if any(control in turn["content"] for control in self._control):
-                stand_in = f"\u2063{uuid.uuid4().hex}\u2063"
-                held[stand_in] = turn["content"]
-                turn["content"] = stand_in
-        if with_documents and self.documents_in == "user":
-            turns[-1]["content"] = marker + turns[-1]["content"]
-        elif with_documents:
-            if turns[0]["role"] != "system":
-                turns.insert(0, {"role": "system", "content": ""})
-            turns[0]["content"] += marker
-        rendered = self._render(turns)
-        if not with_documents:
-            return [], self._mixed_tokens(rendered, held)
-        before, found, after = rendered.partition(marker)
-        if not found or marker in after:
-            raise ModelError(
-                "the model's chat template drops or repeats the turn that holds the documents; "
-                f"set documents_in in its kvlink.json (now {self.documents_in!r})."
-            )
-        return self._mixed_tokens(before, held), self._mixed_tokens(after, held)
-
-    def _render(self, turns: list[dict[str, str]]) -> str:
-        try:
-            return str(
-                self._chat.apply_chat_template(
-                    turns, chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
-                )
-            )
-        except jinja2.TemplateError as error:
-            raise InputError(f"the model's chat template refuses these messages: {error}", param="messages") from error
-
-    def _mixed_tokens(self, rendered: str, held: dict[str, str]) -> list[int]:
-        """Tokenise a rendered template, with held-back contents as plain text in their places."""
-        for stand_in, content in held.items():
-            before, found, after = rendered.partition(stand_in)
-            if found:
-                return [
-                    *self._mixed_tokens(before, held),
-                    *self.plain_tokens(content),
-                    *self._mixed_tokens(after, held),
-                ]
-        return list(self._knowing.encode(rendered, add_special_tokens=False).ids)

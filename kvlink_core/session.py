@@ -24,6 +24,7 @@ from kvlink_core.types import Document, DocumentCache, DocumentRef, Message
 class AnswerRequest:
     """A conversation, the documents it stands on, and how to answer.
 
+    ``documents`` stand where the model's layout puts them; those of a message stand before that message's content.
     ``linker`` is a registered name, or ``None`` for the model's default.
     """
 
@@ -156,8 +157,9 @@ class Session:
         """Choose the linker, find the documents, and check that all of it fits, before anything is loaded."""
         request.sampling.validate()
         linker = get_linker(request.linker or self.model.default_linker)
-        frame = self.model.layout.frame(request.messages, with_documents=bool(request.documents))
-        lookup = self._resolver.lookup(request.documents)
+        layout = self.model.layout
+        frame = layout.frame(request.messages, documents=len(request.documents))
+        lookup = self._resolver.lookup(layout.in_order(request.messages, request.documents))
         length = self._prompt(frame, linker, [[0] * n for n in lookup.lengths]).length
         room = self.model.context_length - length
         if room < 1:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 
-from kvlink_core.errors import ConfigError, InputError
+from kvlink_core.errors import ConfigError, InputError, TooManyDocumentsError
 from kvlink_core.types import Document
+
+_FIELD = re.compile(r"\{[a-z_]+(?:\+\d+)?\}")
+_PLACE_FIELDS = ("{place}", "{place+1}")
+_FIELDS = ("{text}", "{title}", *_PLACE_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +44,11 @@ class LinkTokens:
         """The link tokens after the document at ``place``.
 
         Raises:
-            InputError: more documents than the model has link tokens for.
+            TooManyDocumentsError: more documents than the model has link tokens for.
         """
         start = place * self.k if self.per_place else 0
         if start + self.k > len(self.ids):
-            raise InputError(
+            raise TooManyDocumentsError(
                 f"this model has link tokens for {len(self.ids) // self.k} documents and was sent more; "
                 "send fewer, or use the linker 'reposition'.",
                 param="documents",
@@ -53,25 +58,47 @@ class LinkTokens:
 
 @dataclass(frozen=True, slots=True)
 class DocumentTemplate:
-    """How a document becomes a string. ``{text}`` and ``{title}`` are the fields.
+    """How a document becomes a string.
 
-    A template that names the document's place would tie its cache to that place, so there is no such field.
+    The fields are ``{text}``, once; ``{title}``; and the document's place in the prompt, ``{place}`` counted from 0
+    or ``{place+1}`` counted from 1. A template that names the place ties a cache to it: the same document at another
+    place is other tokens, hence another cache.
     """
 
     untitled: str = "{text}\n\n"
     titled: str = "{title}\n{text}\n\n"
 
     def __post_init__(self) -> None:
-        if "{text}" not in self.untitled or "{text}" not in self.titled or "{title}" not in self.titled:
-            raise ConfigError("a document template must contain {text}, and the titled one {title} as well.")
+        for template in (self.untitled, self.titled):
+            if template.count("{text}") != 1:
+                raise ConfigError(f"a document template must contain {{text}} once; {template!r} does not.")
+            if unknown := [f for f in _FIELD.findall(template) if f not in _FIELDS]:
+                raise ConfigError(
+                    f"a document template has the unknown field {unknown[0]}; there are {', '.join(_FIELDS)}."
+                )
+        if "{title}" not in self.titled:
+            raise ConfigError("the document template for titled documents must contain {title}.")
 
-    def render(self, document: Document) -> str:
-        """The document as one string; literal replacement, so braces in a text mean nothing."""
-        template = self.titled if document.title else self.untitled
-        before, after = template.split("{text}", 1)
-        title = document.title or ""
-        return before.replace("{title}", title) + document.text + after.replace("{title}", title)
+    @property
+    def by_place(self) -> bool:
+        """Whether a document's tokens depend on its place in the prompt."""
+        return any(field in template for field in _PLACE_FIELDS for template in (self.untitled, self.titled))
+
+    def render(self, document: Document, place: int = 0) -> str:
+        """The document, at ``place`` (from 0), as one string; braces in its text or title mean nothing."""
+        values = {
+            "{text}": document.text,
+            "{title}": document.title or "",
+            "{place}": str(place),
+            "{place+1}": str(place + 1),
+        }
+        return _FIELD.sub(lambda field: values[field[0]], self.titled if document.title else self.untitled)
 
     def to_json(self) -> str:
         """Canonical JSON, part of the fingerprint."""
         return json.dumps(asdict(self), sort_keys=True)
+
+
+def id_at_place(document_id: str, place: int) -> str:
+    """The id under which a cache is stored that is tied to ``place`` (from 0) of a prompt."""
+    return f"{document_id}@{place}"

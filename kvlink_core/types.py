@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,20 +35,26 @@ class DocumentRef:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation; ``role`` is ``system``, ``user`` or ``assistant``."""
+    """One turn of a conversation; ``role`` is ``system``, ``user`` or ``assistant``.
+
+    ``documents`` were added in this turn, which must be a user's: they stand before its content.
+    """
 
     role: str
     content: str
+    documents: Sequence[Document | DocumentRef] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentCache:
     """The keys and values of one document encoded alone, at positions ``0..tokens-1``.
 
+    Models with latent attention cache a latent in the place of the key and one shared key in that of the value.
+
     Attributes:
         token_ids: int64 ``[tokens]``, the document's tokens as the template rendered them.
-        keys: ``[layers, kv_heads, tokens, head_dim]``, **before** RoPE, in the model's dtype.
-        values: ``[layers, kv_heads, tokens, value_dim]``, in the model's dtype.
+        keys: ``[layers, kv_heads, tokens, key_dim]``, in the model's dtype, **before** RoPE.
+        values: ``[layers, kv_heads, tokens, value_dim]``, in the model's dtype (before RoPE, where it is rotated).
 
     The tensors may be views of a memory-mapped, read-only file: never write to them.
     """

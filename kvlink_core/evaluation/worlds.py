@@ -79,7 +79,7 @@ def evaluate(
     results: list[Graded] = []
     done = 0
     for world, asked in held_out(questions):
-        documents = [model.layout.document_tokens(Document(str(i), p)) for i, p in enumerate(world.passages)]
+        documents = [model.layout.document_tokens(Document(str(i), p), i) for i, p in enumerate(world.passages)]
         caches = encoder.encode(documents)
         for question in asked:
             for condition in conditions:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import AutoTokenizer
 
 from kvlink_core.errors import ConfigError, ModelError, ModelNotFoundError
-from kvlink_core.prompt import PromptLayout
+from kvlink_core.presets import PRESETS
+from kvlink_core.prompt import DocumentsIn, PromptLayout
 from kvlink_core.template import DocumentTemplate, LinkTokens
 from kvlink_core.text import first_line
 
@@ -30,19 +31,32 @@ class _LinkTokensEntry(BaseModel):
 
 class LayoutFile(BaseModel):
     """The file's keys; unknown ones are refused. All may be left out: then documents stand, as plain text, at the
-    start of the last user turn, and there are no link tokens.
+    start of the last user turn, and there are no link tokens. ``preset`` names the layout of a published checkpoint;
+    the other keys override it.
     """
 
     model_config = ConfigDict(extra="forbid")
     format: Literal[1] = 1
     name: str | None = None
-    documents_in: Literal["system", "user"] = "user"
+    preset: str | None = None
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    documents_in: DocumentsIn = "user"
     document_template: str = DocumentTemplate().untitled
     titled_document_template: str = DocumentTemplate().titled
     mem_start: tuple[int, ...] = ()
     mem_end: tuple[int, ...] = ()
     link_tokens: _LinkTokensEntry | None = None
     default_linker: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, keys: Any) -> Any:
+        name = keys.get("preset") if isinstance(keys, dict) else None
+        if not isinstance(name, str):
+            return keys
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        return {**PRESETS[name], **keys}
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -76,7 +90,8 @@ def read_layout(directory: Path, file: LayoutFile) -> PromptLayout:
 
     Raises:
         ModelNotFoundError: there is no fast tokenizer.
-        ModelError: the tokenizer cannot be loaded.
+        ConfigError: a document template lacks a field or has an unknown one.
+        ModelError: the tokenizer cannot be loaded, or its chat template cannot hold documents as ``file`` says.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -86,14 +101,17 @@ def read_layout(directory: Path, file: LayoutFile) -> PromptLayout:
     except (OSError, ValueError, RuntimeError, KeyError) as error:  # what damaged files give
         raise ModelError(f"cannot load the tokenizer of {str(directory)!r}: {first_line(error)}") from error
     links = file.link_tokens
-    return PromptLayout(
+    layout = PromptLayout(
         tokenizer,
+        chat_template=file.chat_template,
         documents_in=file.documents_in,
         template=DocumentTemplate(file.document_template, file.titled_document_template),
         mem_start=file.mem_start,
         mem_end=file.mem_end,
         link_tokens=LinkTokens(links.ids, links.k, links.per_place) if links else None,
     )
+    layout.check()
+    return layout
 
 
 def tokenizer_digest(directory: Path) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from kvlink_core.encode import DocumentEncoder
 from kvlink_core.errors import (
     DocumentLostError,
+    DocumentPlaceError,
     DuplicateDocumentError,
     PayloadError,
     PayloadForeignError,
@@ -26,6 +27,7 @@ from kvlink_core.fingerprint import digest_of_tokens
 from kvlink_core.models import LoadedModel
 from kvlink_core.store.catalog import CatalogRow
 from kvlink_core.store.store import DocumentStore
+from kvlink_core.template import id_at_place
 from kvlink_core.types import Document, DocumentCache, DocumentRef
 
 logger = logging.getLogger(__name__)
@@ -104,8 +106,14 @@ class DocumentResolver:
     def lookup(self, documents: Sequence[Document | DocumentRef]) -> Lookup:
         """Find documents in the catalog; loads no payload.
 
+        Args:
+            documents: in the order of the prompt. Where the document template names the place, one sent as text is
+                found by its tokens as rendered at its place, and one named by id under that id and place: never one
+                that was rendered for another.
+
         Raises:
             UnknownDocumentError: ids that the store does not have, all of them named.
+            DocumentPlaceError: an id that the store has for other places only.
             DuplicateDocumentError: one id with two texts.
             EmptyDocumentError: a document without text.
         """
@@ -119,26 +127,40 @@ class DocumentResolver:
                         param="documents",
                     )
         self._refresh()
-        token_ids = [self.model.layout.document_tokens(d) if isinstance(d, Document) else None for d in documents]
-        by_id = self._by_id([d.id for d in documents if isinstance(d, DocumentRef)])
+        layout = self.model.layout
+        token_ids = [
+            layout.document_tokens(d, place) if isinstance(d, Document) else None for place, d in enumerate(documents)
+        ]
+        by_place = self._by_place({place: d.id for place, d in enumerate(documents) if isinstance(d, DocumentRef)})
         digests = [None if t is None else digest_of_tokens(t) for t in token_ids]
         by_tokens = self.store.lookup_tokens([d for d in digests if d]) if self.store else {}
         rows = [
-            by_tokens.get(digest) if digest is not None else by_id[document.id]
-            for document, digest in zip(documents, digests, strict=True)
+            by_tokens.get(digest) if digest is not None else by_place[place] for place, digest in enumerate(digests)
         ]
         return Lookup([d.id or None for d in documents], rows, token_ids)
 
-    def _by_id(self, ids: list[str]) -> dict[str, CatalogRow]:
-        found = self.store.lookup(ids) if self.store else {}
-        missing = [i for i in dict.fromkeys(ids) if i not in found]
+    def _by_place(self, ids: dict[int, str]) -> dict[int, CatalogRow]:
+        """The row of each document that is named by id alone, by its place in the prompt."""
+        stored = {place: self._stored_id(i, place) for place, i in ids.items()}
+        found = self._known(stored.values())
+        missing = {place: i for place, i in ids.items() if stored[place] not in found}
         if missing:
-            raise UnknownDocumentError(missing, chunked=[i for i in missing if self._is_chunked(i)])
-        return found
+            names = list(dict.fromkeys(missing.values()))
+            elsewhere = self._known(form for i in names for form in (i, self._stored_id(i, 0)))
+            unknown = [i for i in names if i not in elsewhere and self._stored_id(i, 0) not in elsewhere]
+            if not unknown:
+                place, document_id = next(iter(missing.items()))
+                raise DocumentPlaceError(document_id, place)
+            # Precompute splits what is too long: its chunks are there, it is not.
+            chunks = self._known(self._stored_id(f"{i}#0", 0) for i in unknown)
+            raise UnknownDocumentError(unknown, chunked=[i for i in unknown if self._stored_id(f"{i}#0", 0) in chunks])
+        return {place: found[i] for place, i in stored.items()}
 
-    def _is_chunked(self, document_id: str) -> bool:
-        """Whether precompute split the document: its chunks are there, it is not."""
-        return self.store is not None and bool(self.store.lookup([f"{document_id}#0"]))
+    def _stored_id(self, document_id: str, place: int) -> str:
+        return id_at_place(document_id, place) if self.model.layout.template.by_place else document_id
+
+    def _known(self, ids: Iterable[str]) -> dict[str, CatalogRow]:
+        return self.store.lookup(list(ids)) if self.store else {}
 
     def _refresh(self) -> None:
         """Look for added and replaced documents, at most once per ``refresh_after`` seconds over all threads."""
