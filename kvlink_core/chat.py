@@ -2,12 +2,14 @@
 
 The template is rendered with a mark where documents go, and the rendered text is cut there: nobody guesses at its
 strings. The mark holds letters of both cases, quotes, spaces and a line end, so that a template that would change
-documents changes the mark, which is noticed and refused. What the template makes of a text from outside (trimmed,
-its thinking dropped) is what the prompt has, as plain text.
+documents changes the mark; and a second rendering with other, longer marks must be the same around them, so that one
+that looks at documents is noticed too. Both are refused. What the template makes of a text from outside (trimmed, its
+thinking dropped) is what the prompt has, as plain text.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,8 +25,8 @@ PLAIN_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
-#: What a template may do to documents shows on this.
-_PROBE = "aZ é  \n\"'\\<&>"
+#: What a template may do to documents shows on these.
+_PROBES = ("aZ é  \n\"'\\<&>", 400 * "A longer text. ")
 
 # What the operators and filters of a template raise on values that it was not made for.
 _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
@@ -75,6 +77,8 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._source = source
         self._tokens = tokens
+        # Of odd digits and of even ones: no part of one is a part of the other.
+        self._ends = tuple("".join(secrets.choice(digits) for _ in range(32)) for digits in ("13579", "24680"))
 
     def split(self, turns: Sequence[Turn]) -> list[list[int]]:
         """Token ids of the rendered conversation, cut where documents stand: one list more than such turns.
@@ -97,13 +101,17 @@ class ChatTemplate:
                 rendered = self._render(turns, shown)
                 if self._tokens.restore(rendered, made) != meant:
                     raise self._unreadable(turns)
-        rendered = self._tokens.guard(self._cut(rendered, [turn.role for turn in turns if turn.documents]))
-        return self._tokens.pieces(self._tokens.restore(rendered, made))
+        roles = [turn.role for turn in turns if turn.documents]
+        if roles:
+            rendered = self._cut(rendered, roles, 0)
+            if self._cut(self._render(turns, shown, 1), roles, 1) != rendered:
+                raise _misplaced("changes", roles[0])
+        return self._tokens.pieces(self._tokens.restore(self._tokens.guard(rendered), made))
 
-    def _render(self, turns: Sequence[Turn], contents: Sequence[str]) -> str:
+    def _render(self, turns: Sequence[Turn], contents: Sequence[str], series: int = 0) -> str:
         messages, marks = [], 0
         for turn, content in zip(turns, contents, strict=True):
-            messages.append({"role": turn.role, "content": turn.text(content, self._mark(marks))})
+            messages.append({"role": turn.role, "content": turn.text(content, self._mark(marks, series)[0])})
             marks += bool(turn.documents)
         try:
             return str(
@@ -116,29 +124,25 @@ class ChatTemplate:
         except _TEMPLATE_ERRORS as error:
             raise InputError(f"the model's chat template refuses these messages: {error}", param="messages") from error
 
-    def _mark(self, index: int) -> str:
-        end = self._tokens.mark(index)
-        return f"{end}{_PROBE}{end}"
+    def _mark(self, index: int, series: int) -> tuple[str, str]:
+        """The mark at the ``index``-th place of documents, and its ends. Those of series 0 and 1 differ in digits, text and length."""
+        end = f"{self._ends[series]}{index:06d}"
+        return f"{end}{_PROBES[series]}{end}", end
 
-    def _cut(self, rendered: str, roles: Sequence[str]) -> str:
+    def _cut(self, rendered: str, roles: Sequence[str], series: int) -> str:
         """``rendered`` with every mark replaced by a cut, checked to stand once, whole and in order."""
         after = 0
         for index, role in enumerate(roles):
-            mark, end = self._mark(index), self._tokens.mark(index)
-            whole, traces = rendered.count(mark), rendered.count(end)
-            at = rendered.find(mark)
-            fault = (
-                "drops" if not traces
-                else "changes" if traces != 2 * whole
-                else "repeats" if whole > 1
-                else "moves" if at < after
-                else ""
-            )  # fmt: skip
-            if fault:
-                raise MisplacedDocumentsError(
-                    f"the model's chat template {fault} the text of the {role!r} turn that documents stand in",
-                    param="messages",
-                )
+            mark, end = self._mark(index, series)
+            whole, traces, at = rendered.count(mark), rendered.count(end), rendered.find(mark)
+            if not traces:
+                raise _misplaced("drops", role)
+            if traces != 2 * whole:
+                raise _misplaced("changes", role)
+            if whole > 1:
+                raise _misplaced("repeats", role)
+            if at < after:
+                raise _misplaced("moves", role)
             rendered = rendered.replace(mark, self._tokens.cut)
             after = at
         return rendered
@@ -168,6 +172,12 @@ class ChatTemplate:
             f"{f' (perhaps {control!r})' if control else ''}; leave it out.",
             param="messages",
         )
+
+
+def _misplaced(fault: str, role: str) -> MisplacedDocumentsError:
+    return MisplacedDocumentsError(
+        f"the model's chat template {fault} the text of the {role!r} turn that documents stand in", param="messages"
+    )
 
 
 def _between(text: str, pieces: Sequence[str]) -> str | None:

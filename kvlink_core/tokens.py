@@ -20,7 +20,7 @@ from tokenizers.decoders import DecodeStream
 from kvlink_core.errors import InputError
 from kvlink_core.text import is_unicode
 
-_CONTROL, _LETTER, _OPAQUE, _MARK, _CUT = "23456"
+_CONTROL, _LETTER, _OPAQUE, _CUT = "2345"
 
 
 class GuardedTokenizer:
@@ -53,7 +53,7 @@ class GuardedTokenizer:
 
         # No digit 1 but the first: one secret never begins inside another, nor inside digits of a text before it.
         self._secret = "1" + "".join(secrets.choice("23456789") for _ in range(31))
-        self._stand_in = re.compile(self._secret + r"([2-6])(\d{6})")
+        self._stand_in = re.compile(self._secret + r"([2-5])(\d{6})")
         by_length = sorted(range(len(control)), key=lambda i: -len(control[i]["content"]))
         spellings = "|".join(re.escape(control[i]["content"]) for i in by_length)
         self._spelled: re.Pattern[str] = re.compile(spellings or r"(?!)")
@@ -77,7 +77,7 @@ class GuardedTokenizer:
         self._forbidden = frozenset(self._real.values()) - {tokenizer.unk_token_id}
         # A control token begins and ends with one of these; text without them cannot spell one, nor a part of one
         # that the template would complete.
-        edges = sorted({c for t in control for c in (t["content"][0], t["content"][-1])})
+        edges: list[str] = sorted({c for t in control for c in (t["content"][0], t["content"][-1])})
         self._letters = dict(enumerate(edges))
         self._hidden = str.maketrans({c: self._spell(_LETTER, i) for i, c in self._letters.items()})
 
@@ -109,10 +109,6 @@ class GuardedTokenizer:
     def opaque(self, index: int) -> str:
         """A stand-in for a whole text: digits, which templates let pass as they are."""
         return self._spell(_OPAQUE, index)
-
-    def mark(self, index: int) -> str:
-        """Another stand-in, never put back by ``restore``."""
-        return self._spell(_MARK, index)
 
     def hide(self, text: str) -> str:
         """Text from outside with the first and last letters of control tokens replaced by stand-ins."""

@@ -1,4 +1,5 @@
-"""``POST /v1/chat/completions``: the request, as OpenAI has it, plus ``documents``, ``linker`` and ``top_k``.
+"""``POST /v1/chat/completions``: the request, as OpenAI has it, plus ``documents`` (of the request, of a message),
+``linker`` and ``top_k``.
 
 Three kinds of fields: those that work; those that change nothing here and are accepted; and those that would
 change the answer and are not supported, which are refused unless they hold the value that means "off".
@@ -83,33 +84,6 @@ class TextPart(_Body):
     text: Text
 
 
-class ChatMessage(_Body):
-    """One turn. Fields of replies are accepted when empty, so that a reply can be sent back as it came."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Annotated[Text, Tag("(one)")] | Annotated[list[TextPart], Tag("(many)")],
-        Discriminator(
-            _one_or_many,
-            custom_error_type="content_type",
-            custom_error_message="must be a string or a list of text parts",
-        ),
-    ]
-    name: None = None
-    refusal: None = None
-    annotations: list[JsonValue] | None = Field(default=None, max_length=0)
-    audio: None = None
-    function_call: None = None
-    tool_calls: list[JsonValue] | None = Field(default=None, max_length=0)
-
-    @property
-    def text(self) -> str:
-        """The content as one string."""
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(part.text for part in self.content)
-
-
 class DocumentParam(_Body):
     """A document: its ``id`` alone when the store has it, or its ``text``, with or without an id."""
 
@@ -135,6 +109,43 @@ class DocumentParam(_Body):
         return self
 
 
+class ChatMessage(_Body):
+    """One turn. Fields of replies are accepted when empty, so that a reply can be sent back as it came."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        Annotated[Text, Tag("(one)")] | Annotated[list[TextPart], Tag("(many)")],
+        Discriminator(
+            _one_or_many,
+            custom_error_type="content_type",
+            custom_error_message="must be a string or a list of text parts",
+        ),
+    ]
+    documents: list[DocumentParam] | None = Field(
+        default=None, description="Documents added in this turn, which must be a user's; they stand before its content."
+    )
+    name: None = None
+    refusal: None = None
+    annotations: list[JsonValue] | None = Field(default=None, max_length=0)
+    audio: None = None
+    function_call: None = None
+    tool_calls: list[JsonValue] | None = Field(default=None, max_length=0)
+
+    @field_validator("documents")
+    @classmethod
+    def _of_a_user(cls, value: list[DocumentParam] | None, info: ValidationInfo) -> list[DocumentParam] | None:
+        if value and info.data.get("role", "user") != "user":
+            raise PydanticCustomError("misplaced_documents", "only a message of the role 'user' can have documents")
+        return value
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content)
+
+
 class StreamOptions(_Body):
     """What a stream also carries."""
 
@@ -148,7 +159,9 @@ class ChatCompletionRequest(_Body):
     model: Text = Field(min_length=1)
     messages: list[ChatMessage] = Field(min_length=1)
     documents: list[DocumentParam] | None = Field(
-        default=None, description="Documents to answer from, in this order; cached ones cost next to nothing."
+        default=None,
+        description="Documents to answer from, in this order, where the model's layout puts them; cached ones cost "
+        "next to nothing.",
     )
     linker: Text | None = Field(default=None, description="How cached documents are linked; default: the service's.")
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -245,7 +258,7 @@ def validation_error(faults: list[dict[str, Any]]) -> ApiError:
     if kind == "missing":
         missing = f"missing parameter: {param}" if param else "the body is missing"
         return ApiError(400, missing, "missing_parameter", param)
-    named = {"empty_document", "missing_parameter", "unsupported_parameter"}
+    named = {"empty_document", "misplaced_documents", "missing_parameter", "unsupported_parameter"}
     message = f"{param}: {fault['msg']}" if param else str(fault["msg"])
     return ApiError(400, message, kind if kind in named else "invalid_value", param)
 
@@ -258,9 +271,9 @@ def engine_request(
     Raises:
         ApiException: more documents, messages or tokens than allowed, or nothing asked.
     """
-    documents = body.documents or []
-    if len(documents) > limits.max_documents:
-        raise _refused(f"{len(documents)} documents, and at most {limits.max_documents} are allowed.", "documents")
+    count = len(body.documents or ()) + sum(len(m.documents or ()) for m in body.messages)
+    if count > limits.max_documents:
+        raise _refused(f"{count} documents, and at most {limits.max_documents} are allowed.", "documents")
     if len(body.messages) > limits.max_messages:
         raise _refused(f"{len(body.messages)} messages, and at most {limits.max_messages} are allowed.", "messages")
     if not body.messages[-1].text.strip():
@@ -272,8 +285,11 @@ def engine_request(
     stop = body.stop or ()
     return EngineRequest(
         request_id=request_id,
-        messages=tuple(WireMessage("system" if m.role == "developer" else m.role, m.text) for m in body.messages),
-        documents=tuple(WireDocument(d.id, d.text, d.title) for d in documents),
+        messages=tuple(
+            WireMessage("system" if m.role == "developer" else m.role, m.text, _wire(m.documents))
+            for m in body.messages
+        ),
+        documents=_wire(body.documents),
         linker=body.linker,
         sampling=WireSampling(
             temperature=defaults.temperature if body.temperature is None else body.temperature,
@@ -285,6 +301,10 @@ def engine_request(
         ),
         stream=bool(body.stream),
     )
+
+
+def _wire(documents: list[DocumentParam] | None) -> tuple[WireDocument, ...]:
+    return tuple(WireDocument(d.id, d.text, d.title) for d in documents or ())
 
 
 def _refused(message: str, param: str, code: str = "invalid_value") -> ApiException:

@@ -154,7 +154,7 @@ class EngineServer:
 
     def _core_request(self, request: EngineRequest) -> AnswerRequest:
         return AnswerRequest(
-            messages=[Message(m.role, m.content) for m in request.messages],
+            messages=[Message(m.role, m.content, [_core_document(d) for d in m.documents]) for m in request.messages],
             documents=[_core_document(d) for d in request.documents],
             linker=request.linker or self._linker,
             sampling=SamplingParams(**asdict(request.sampling)),

@@ -74,20 +74,21 @@ def api_error(error: BaseException) -> ApiError:
 
 
 @dataclass(frozen=True, slots=True)
-class WireMessage:
-    """One turn of the conversation."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
 class WireDocument:
     """A document by its id, its text, or both."""
 
     id: str | None
     text: str | None = None
     title: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WireMessage:
+    """One turn of the conversation, with the documents that were added in it."""
+
+    role: str
+    content: str
+    documents: tuple[WireDocument, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,10 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class DocumentReport:
-    """Where one document's cache came from; ``origin`` is ``None`` where no cache was used (linker ``full``)."""
+    """Where one document's cache came from; ``origin`` is ``None`` where no cache was used (linker ``full``).
+
+    Reports stand in the order of the prompt.
+    """
 
     id: str | None
     tokens: int
