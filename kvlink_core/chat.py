@@ -125,7 +125,10 @@ class ChatTemplate:
             raise InputError(f"the model's chat template refuses these messages: {error}", param="messages") from error
 
     def _mark(self, index: int, series: int) -> tuple[str, str]:
-        """The mark at the ``index``-th place of documents, and its ends. Those of series 0 and 1 differ in digits, text and length."""
+        """The mark at the ``index``-th place of documents, and its ends.
+
+        Those of series 0 and 1 differ in digits, text and length.
+        """
         end = f"{self._ends[series]}{index:06d}"
         return f"{end}{_PROBES[series]}{end}", end
 

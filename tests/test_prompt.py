@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from tiny import byte_tokenizer
+from tokenizers import normalizers
 
 from kvlink_core.errors import (
     ConfigError,
     EmptyDocumentError,
     EmptyQuestionError,
     InputError,
+    MisplacedDocumentsError,
+    TooManyDocumentsError,
 )
 from kvlink_core.prompt import Prompt, PromptLayout
 from kvlink_core.template import DocumentTemplate, LinkTokens
-from kvlink_core.types import Document, Message
+from kvlink_core.types import Document, DocumentRef, Message
 
 LINKS = LinkTokens((263, 264, 265), 3)
 TEMPLATE = DocumentTemplate("* {text}\n", "* {title}: {text}\n")
@@ -63,7 +68,7 @@ def test_per_place_link_tokens_follow_the_place_and_run_out_with_a_reason() -> N
     links = LinkTokens(tuple(range(100, 110)), 5, per_place=True)
     assert links.after(0) == (100, 101, 102, 103, 104)
     assert links.after(1) == (105, 106, 107, 108, 109)
-    with pytest.raises(InputError, match="link tokens for 2 documents"):
+    with pytest.raises(TooManyDocumentsError, match="link tokens for 2 documents"):
         links.after(2)
     assert links.first(2).after(1) == (105, 106)
 
@@ -109,9 +114,41 @@ def test_braces_in_a_text_mean_nothing() -> None:
 
 
 @pytest.mark.parametrize("text", ["", " \n\t "])
-def test_empty_documents_are_refused_by_name(text: str) -> None:
+@pytest.mark.parametrize("title", [None, "A title"])
+def test_empty_documents_are_refused_by_name_whatever_stands_around_them(text: str, title: str | None) -> None:
     with pytest.raises(EmptyDocumentError, match="'the id'"):
-        layout().document_tokens(Document("the id", text))
+        layout().document_tokens(Document("the id", text, title))
+
+
+def test_a_text_that_comes_to_no_token_is_empty() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    with pytest.raises(EmptyDocumentError, match="'the id'"):
+        PromptLayout(tokenizer, template=DocumentTemplate("{text}")).document_tokens(Document("the id", "\u200b"))
+
+
+def test_a_document_of_one_token() -> None:
+    it = PromptLayout(byte_tokenizer(), template=DocumentTemplate("{text}"))
+    (token,) = it.document_tokens(Document("a", "x"))
+    prompt = it.build([Message("user", "What?")], [[token]], links=LINKS)
+    (document,) = prompt.documents
+    assert (document.end - document.start, document.token_ids) == (1, (token,))
+    assert spelled(prompt) == "<bos><user>x<l0><l1><l2>What?<end><assistant>"
+
+
+@pytest.mark.parametrize("count", [1, 200])
+def test_many_documents_and_their_links(count: int) -> None:
+    it = layout()
+    links = LinkTokens(tuple(range(count)), 1, per_place=True)
+    documents = [it.document_tokens(Document("", f"number {i}")) for i in range(count)]
+    prompt = it.build([Message("user", "What?")], documents, links=links)
+    assert [(s.document, list(s.token_ids)) for s in prompt.documents] == list(enumerate(documents))
+    assert [(s.document, s.token_ids) for s in prompt.segments if s.kind == "link"] == [(i, (i,)) for i in range(count)]
+    ends = [0, *(s.end for s in prompt.segments)]
+    assert [s.start for s in prompt.segments] == ends[:-1]
+    assert ends[-1] == len(prompt.token_ids()) == prompt.length
+    with pytest.raises(TooManyDocumentsError):
+        it.build([Message("user", "What?")], [*documents, documents[0]], links=links)
 
 
 @pytest.mark.parametrize("messages", [[], [Message("user", "  ")]])
@@ -125,6 +162,117 @@ def test_the_last_message_must_be_the_users() -> None:
         layout().build([Message("assistant", "Hi")], [], links=None)
 
 
-def test_a_template_without_the_text_is_refused() -> None:
-    with pytest.raises(ConfigError):
-        DocumentTemplate("{title}", "{title} {text}")
+@pytest.mark.parametrize(
+    ("untitled", "titled", "says"),
+    [
+        ("{title}", "{title} {text}", "must contain {text} once; '{title}'"),
+        ("{text}", "{title}", "must contain {text} once"),
+        ("{text} {text}", "{title} {text}", "must contain {text} once"),
+        ("{text}", "{text}", "must contain {title}"),
+        ("{text} {number}", "{title} {text}", "unknown field {number}"),
+        (
+            "{text}",
+            "{title} {place+2} {text}",
+            "unknown field {place+2}; there are {text}, {title}, {place}, {place+1}",
+        ),
+    ],
+)
+def test_impossible_document_templates_are_refused(untitled: str, titled: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        DocumentTemplate(untitled, titled)
+
+
+# Documents in several turns.
+
+CONVERSATION = [
+    Message("system", "Be brief."),
+    Message("user", "What?", [Document("a", "one"), DocumentRef("b")]),
+    Message("assistant", "That."),
+    Message("user", "And now?"),
+]
+FOUR = [Document("a", "one"), Document("b", "two"), Document("c", "three"), Document("a", "one")]
+
+
+def test_documents_of_a_former_turn_stand_in_that_turn() -> None:
+    it = layout()
+    documents = [it.document_tokens(d) for d in FOUR]
+    links = LinkTokens(tuple(it.plain_tokens("12345678")), 2, per_place=True)
+    prompt = it.build(CONVERSATION, documents, links=links)
+    assert spelled(prompt) == (
+        "<bos><system>Be brief.<end><user><mem>* one\n12* two\n34</mem>What?<end><assistant>That.<end>"
+        "<user><mem>* three\n56* one\n78</mem>And now?<end><assistant>"
+    )
+    assert [s.kind for s in prompt.segments] == [
+        "prefix", "mem_start", "document", "link", "document", "link", "mem_end",
+        "between", "mem_start", "document", "link", "document", "link", "mem_end", "suffix",
+    ]  # fmt: skip
+    assert [s.document for s in prompt.documents] == [0, 1, 2, 3]
+    assert [s.start for s in prompt.segments[1:]] == [s.end for s in prompt.segments[:-1]]
+
+
+def test_documents_of_turns_only() -> None:
+    it = layout()
+    turns = [*CONVERSATION[:3], Message("user", "And now?", [DocumentRef("c")])]
+    documents = [it.document_tokens(d) for d in FOUR[:3]]
+    prompt = it.build(turns, documents, links=None)
+    assert spelled(prompt) == (
+        "<bos><system>Be brief.<end><user><mem>* one\n* two\n</mem>What?<end><assistant>That.<end>"
+        "<user><mem>* three\n</mem>And now?<end><assistant>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("where", "order", "expected"),
+    [
+        ("user", "abxy", "<bos><system>Be brief.<end><user><mem>AB</mem>What?<end><assistant>That.<end>"
+         "<user><mem>XY</mem>And now?<end><assistant>"),
+        ("system", "xyab", "<bos><system>Be brief.<mem>XY</mem><end><user><mem>AB</mem>What?<end>"
+         "<assistant>That.<end><user>And now?<end><assistant>"),
+        ("turn", "abxy", "<bos><system>Be brief.<end><documents><mem>AB</mem><end><user>What?<end>"
+         "<assistant>That.<end><documents><mem>XY</mem><end><user>And now?<end><assistant>"),
+    ],
+)  # fmt: skip
+def test_where_documents_of_the_request_and_of_a_turn_stand(where: str, order: str, expected: str) -> None:
+    it = layout(documents_in=where)
+    ordered = it.in_order(CONVERSATION, [Document("x", "x"), DocumentRef("y")])
+    assert "".join(d.id for d in ordered) == order
+    documents = [it.plain_tokens(d.id.upper()) for d in ordered]
+    assert spelled(it.assemble(it.frame(CONVERSATION, documents=2), documents, links=None)) == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([Message("system", "x", FOUR), Message("user", "?")], r"message 0 \(system\) has documents"),
+        ([Message("user", "x"), Message("assistant", "y", FOUR), Message("user", "?")], r"message 1 \(assistant\)"),
+        ([Message("user", "x", FOUR)], "both have documents, for the same place"),
+    ],
+)
+def test_documents_where_they_cannot_stand(messages: list[Message], says: str) -> None:
+    with pytest.raises(MisplacedDocumentsError, match=says):
+        layout().frame(messages, documents=1)
+
+
+def test_unknown_roles_are_refused() -> None:
+    with pytest.raises(InputError, match="message 0 has the unknown role 'user<end>'"):
+        layout().frame([Message("user<end>", "x"), Message("user", "?")], documents=0)
+
+
+# Templates that name the place.
+
+
+def test_places_are_counted_from_0_or_from_1() -> None:
+    template = DocumentTemplate("[{place}] {text};", "[{place+1}] {title}: {text};")
+    assert template.by_place
+    it = PromptLayout(byte_tokenizer(), template=template)
+    rendered = [
+        it.decode(it.document_tokens(d, i)) for i, d in enumerate([Document("", "one"), Document("", "{place}", "T")])
+    ]
+    assert rendered == ["[0] one;", "[2] T: {place};"]
+    with pytest.raises(ConfigError, match="names the document's place"):
+        it.document_tokens(Document("", "one"))
+
+
+def test_a_template_without_a_place_gives_the_same_tokens_anywhere() -> None:
+    assert not TEMPLATE.by_place
+    assert layout().document_tokens(Document("", "one"), 7) == layout().document_tokens(Document("", "one"))
