@@ -78,9 +78,10 @@ def describe_model(source: str, *, device: str = "cpu", dtype: str | None = None
         raise ConfigError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}.", param="dtype")
     directory = _directory(source)
     if source.startswith(RANDOM):
-        config, weights = named_shape(source.removeprefix(RANDOM)), f"{RANDOM}0"
+        # Another kind of device draws other numbers from the same seed.
+        config, weights = named_shape(source.removeprefix(RANDOM)), f"{RANDOM}0" + f"@{device}" * (device != "cpu")
         raw = config.to_diff_dict()
-        chosen = DTYPES[dtype or "float32"]
+        chosen = DTYPES[dtype or ("float32" if device == "cpu" else "bfloat16")]
         file = read_layout_file(directory).model_copy(update={"name": source, "default_linker": None})
     else:
         config = _config(directory)

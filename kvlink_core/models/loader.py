@@ -99,7 +99,7 @@ def load_model(source: str = EMBEDDED, *, device: str = "cpu", dtype: str | None
             shape with random weights (see ``kvlink_core.models.shapes``), of use for measuring speed only.
         device: a torch device.
         dtype: ``float32``, ``bfloat16`` or ``float16``; the default is float32 on CPU and the checkpoint's own
-            elsewhere.
+            elsewhere (bfloat16 for random weights).
 
     Raises:
         ModelNotFoundError: no such directory, or it lacks a file.
@@ -110,7 +110,7 @@ def load_model(source: str = EMBEDDED, *, device: str = "cpu", dtype: str | None
     where = _usable(device)
     description = describe_model(source, device=where.type, dtype=dtype)
     attention, masking = attention_of(description.config)
-    network = (_random if description.random else _pretrained)(description, attention)
+    network = _random(description, attention, where) if description.random else _pretrained(description, attention)
     return assemble(description, prepare(network.to(where), masking))
 
 
@@ -132,9 +132,12 @@ def _usable(device: str) -> torch.device:
     return where
 
 
-def _random(description: ModelDescription, attention: str) -> Any:
+def _random(description: ModelDescription, attention: str, where: torch.device) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(description.config, attn_implementation=attention, dtype=description.dtype)
+    with where:  # drawn where they stay: 8 billion numbers take a GPU a moment, and a CPU minutes and its memory
+        return AutoModelForCausalLM.from_config(
+            description.config, attn_implementation=attention, dtype=description.dtype
+        )
 
 
 def _pretrained(description: ModelDescription, attention: str) -> Any:

@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 from kvlink_core.errors import ConfigError
 
 
-def _llama(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, vocab: int) -> LlamaConfig:
+def _llama(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, vocab: int, tied: bool) -> LlamaConfig:
     return LlamaConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -17,15 +17,17 @@ def _llama(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, voca
         vocab_size=vocab,
         max_position_embeddings=131_072,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
 
 
 _SHAPES = {
-    "llama-100m": (768, 12, 12, 4, 2304, 16_384),
-    # Llama-3.2-1B and Llama-3.1-8B
-    "llama-1b": (2048, 16, 32, 8, 8192, 128_256),
-    "llama-8b": (4096, 32, 32, 8, 14_336, 128_256),
+    # for tests of what measures: it costs nothing
+    "llama-tiny": (64, 2, 4, 2, 128, 3072, True),
+    "llama-100m": (768, 12, 12, 4, 2304, 16_384, True),
+    # Llama-3.2-1B and Llama-3.1-8B, but for their scaling of RoPE, which costs nothing at a prompt
+    "llama-1b": (2048, 16, 32, 8, 8192, 128_256, True),
+    "llama-8b": (4096, 32, 32, 8, 14_336, 128_256, False),
 }
 
 
