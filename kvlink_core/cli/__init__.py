@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kvlink_core import __version__
+from kvlink_core.cli.architectures import architectures
 from kvlink_core.cli.ask import ask
 from kvlink_core.cli.bench import bench_app
 from kvlink_core.cli.common import stderr, stdout
@@ -25,6 +26,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 app.command()(ask)
 app.command()(sample)
+app.command()(architectures)
 
 
 def _version(value: bool) -> None:

@@ -63,13 +63,14 @@ def _recording(original: Callable[..., Any]) -> Callable[..., Any]:
 class Recorder(DynamicCache):  # type: ignore[misc]  # transformers is untyped
     """A cache for one forward pass from nothing that sees, layer by layer, how keys were rotated.
 
-    Use as a context manager around the forward. Subclasses say what to keep in ``keep``.
+    Use as a context manager around the forward. Subclasses say what to keep in ``keep``; ``numbers`` are the numbers
+    of the layers that cached, in their order.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[RotationCall] = []
-        self._layers = 0
+        self.numbers: list[int] = []
 
     def __enter__(self) -> Recorder:
         assert getattr(_active, "recorder", None) is None, "recorders do not nest"
@@ -83,12 +84,9 @@ class Recorder(DynamicCache):  # type: ignore[misc]  # transformers is untyped
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by each attention layer with the key and value that it caches."""
-        if layer_idx != self._layers:
-            raise UnsupportedModelError(
-                f"layer {layer_idx} of this model caches keys where layer {self._layers} was to: it mixes attention "
-                "with layers that keep no keys, or visits layers more than once."
-            )
-        self._layers += 1
+        if layer_idx in self.numbers:
+            raise UnsupportedModelError(f"this model visits its layer {layer_idx} more than once for each token.")
+        self.numbers.append(layer_idx)
         calls, self.calls = self.calls, []
         self.keep(calls, key_states, value_states)
         return key_states, value_states

@@ -134,6 +134,5 @@ def _refusing(probe: Callable[[], Recipes]) -> Recipes:
         raise
     except (IndexError, AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise UnsupportedModelError(
-            f"this model does not run over a cache of keys and values alone ({type(error).__name__}: {error}); it "
-            "keeps a state of another kind, which cannot be linked."
+            f"this model does not run over a cache of keys and values alone ({type(error).__name__}: {error})."
         ) from error

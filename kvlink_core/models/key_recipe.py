@@ -146,12 +146,14 @@ class Recipes:
 
     Attributes:
         layers: the recipe of each layer that caches; ``None`` for one without RoPE.
+        numbers: the model's own number of each of these layers.
         sources: where the tables come from that the recipes name.
         kv_heads, key_dim, value_dim: what a layer caches of a token: ``[kv_heads, key_dim]`` and
             ``[kv_heads, value_dim]``.
     """
 
     layers: tuple[KeyRecipe | None, ...]
+    numbers: tuple[int, ...]
     sources: tuple[TableSource, ...]
     kv_heads: int
     key_dim: int

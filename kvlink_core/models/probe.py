@@ -52,10 +52,10 @@ def find_recipes(network: Any, decoder: Any) -> Recipes:
     modules = _attention_modules(decoder)
     layers = tuple(
         _find(number, calls, (keys, values), watch, modules.get(number))
-        for number, (calls, keys, values) in enumerate(probe.layers)
+        for number, (calls, keys, values) in zip(probe.numbers, probe.layers, strict=True)
     )
     ((kv_heads, key_dim, _, value_dim),) = shapes
-    return Recipes(layers, tuple(watch.sources), kv_heads, key_dim, value_dim)
+    return Recipes(layers, tuple(probe.numbers), tuple(watch.sources), kv_heads, key_dim, value_dim)
 
 
 class _Probe(Recorder):
@@ -133,6 +133,11 @@ def _find(
     norms = [m for m in attention.children() if "Norm" in type(m).__name__] if attention is not None else []
     for after in (None, *norms):
         for match in _matches(calls, cached, after):
+            if after is not None and not _turns_freely(after):
+                raise UnsupportedModelError(
+                    f"this model weighs the dimensions of a key after rotating it ({type(after).__name__}), so what a "
+                    "document's tokens see of each other depends on where the document stands."
+                )
             recipe = _recipe(match, calls[match.call], watch, attention)
             if recipe is not None:
                 return recipe
@@ -140,6 +145,11 @@ def _find(
         f"layer {layer} of this model makes its keys with {calls[0].function.__name__} in a way that is not known: "
         "what it caches is not the rotated key."
     )
+
+
+def _turns_freely(norm: torch.nn.Module) -> bool:
+    """Whether a norm treats all dimensions alike, so that it makes no difference before or after a rotation."""
+    return all(bool((p == p.flatten()[0]).all()) for p in norm.parameters())
 
 
 @dataclass(frozen=True, slots=True)

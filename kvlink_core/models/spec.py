@@ -22,6 +22,9 @@ LENGTH_FREE_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 #: *inside* a document too, so a cache made alone is exact up to that length and not beyond.
 LENGTH_BOUND_ROPE = ("dynamic", "longrope")
 
+#: Kinds of layers whose cache is keys and values, one of each per token.
+ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+
 _TABLE = Path(__file__).with_name("architectures.json")
 
 
@@ -50,7 +53,7 @@ class ModelSpec:
 
 @cache
 def architecture_table() -> Mapping[str, Mapping[str, str]]:
-    """By ``model_type``: ``class``, ``status`` (``exact`` or ``refused``) and, for the refused, ``reason``."""
+    """By ``model_type``: ``class``, ``status`` (``exact`` or ``refused``) and ``remark``."""
     table: dict[str, dict[str, str]] = json.loads(_TABLE.read_text())["architectures"]
     return table
 
@@ -69,7 +72,7 @@ def check_architecture(model_type: str) -> None:
             "`kvlink architectures` lists those that were."
         )
     if row["status"] != "exact":
-        raise UnsupportedModelError(f"architecture {model_type!r} does not link exactly: {row['reason']}")
+        raise UnsupportedModelError(f"architecture {model_type!r} does not link exactly: {row['remark']}")
 
 
 def spec_from_config(config: Any) -> ModelSpec:
@@ -83,6 +86,14 @@ def spec_from_config(config: Any) -> ModelSpec:
         raise UnsupportedModelError(
             "this model adds a bias by distance (ALiBi) instead of rotating its keys, which is not supported."
         )
+    others = set(getattr(text, "layer_types", None) or ()) - set(ATTENTION_LAYERS)
+    if others:
+        raise UnsupportedModelError(
+            f"its {' and '.join(sorted(others))} layers keep a state of another kind than keys and values of tokens, "
+            "which caches of single documents cannot restore."
+        )
+    if getattr(text, "max_position_embeddings", None) is None:
+        raise UnsupportedModelError("its configuration names no number of positions: it does not rotate its keys.")
     heads = int(text.num_attention_heads)
     latent = getattr(text, "kv_lora_rank", None)
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
@@ -107,7 +118,8 @@ def exact_length(config: Any) -> tuple[int, str]:
     """
     limits = [(int(config.max_position_embeddings), "")]
     for rope in _rope_settings(config):
-        kind = rope.get("rope_type", "default")
+        # A fixed "alpha" makes a "dynamic" RoPE of Hunyuan static.
+        kind = "default" if rope.get("alpha") else rope.get("rope_type", "default")
         if kind not in LENGTH_FREE_ROPE + LENGTH_BOUND_ROPE:
             raise UnsupportedModelError(
                 f"RoPE type {kind!r} is not known; supported: {', '.join(LENGTH_FREE_ROPE + LENGTH_BOUND_ROPE)}."
