@@ -99,7 +99,8 @@ class _Slots(DynamicCache):  # type: ignore[misc]  # transformers is untyped
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by each attention layer with the keys and values of the computed tokens."""
-        keys, values = self._linked.keys[layer_idx], self._linked.values[layer_idx]
+        layer = self._linked.model.recipes.numbers.index(layer_idx)
+        keys, values = self._linked.keys[layer], self._linked.values[layer]
         if self._from_nothing:
             keys[:, : self._length] = key_states[0]
             values[:, : self._length] = value_states[0]
