@@ -102,3 +102,8 @@ class DocumentTemplate:
 def id_at_place(document_id: str, place: int) -> str:
     """The id under which a cache is stored that is tied to ``place`` (from 0) of a prompt."""
     return f"{document_id}@{place}"
+
+
+def without_place(stored_id: str) -> str:
+    """The document id that ``id_at_place`` was given."""
+    return stored_id.rpartition("@")[0]

@@ -96,6 +96,10 @@ def precompute(
     chunk_tokens: Annotated[
         int | None, typer.Option(help="Most tokens of a chunk, the model's context at most. [512]")
     ] = None,
+    places: Annotated[
+        int | None,
+        typer.Option(help="For a document template that names the place: store each chunk for the first N places."),
+    ] = None,
     max_batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one forward pass. [4096]")] = None,
     shard_mb: Annotated[float | None, typer.Option(help="About how large a shard is, in MiB. [256]")] = None,
     actors: Annotated[int | None, typer.Option(help="How many workers hold the model. [1]")] = None,

@@ -37,6 +37,7 @@ class PrecomputeConfig(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: Name | None = None
     chunk_tokens: Annotated[int, Field(ge=8)] = 512
+    places: Annotated[int, Field(ge=1, le=1024)] | None = None
     max_batch_tokens: Annotated[int, Field(ge=1)] = 4096
     shard_mb: Annotated[float, Field(gt=0, le=2**20)] = 256.0
     # On what.

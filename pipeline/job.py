@@ -26,6 +26,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from kvlink_core.errors import ConfigError, KVLinkError
 from kvlink_core.models.describe import ModelDescription, describe_model
 from kvlink_core.store import CatalogRow, DocumentStore
+from kvlink_core.template import DocumentTemplate
 from kvlink_core.text import first_line
 from pipeline.config import PrecomputeConfig
 from pipeline.plan import Plan, Planner
@@ -71,6 +72,7 @@ def _run(config: PrecomputeConfig) -> Summary:
     config = config.model_copy(update={"store": resolve_store(config.store)})
     corpus = find_files(config.input, config.input_options)
     model = describe_model(config.model, device=config.encoder_device, dtype=config.dtype)
+    check_places(config.places, model.layout.template)
     store = DocumentStore.open(
         config.store,
         fingerprint=model.fingerprint,
@@ -88,7 +90,7 @@ def _run(config: PrecomputeConfig) -> Summary:
     )
     start_ray(config)
     scan = scan_corpus(config, corpus, min(config.chunk_tokens, model.context_length))
-    planner = Planner(summary)
+    planner = Planner(summary, places=config.places)
     small = [name for name in scan.schema().names if name != "token_ids"]
     for table in scan.select_columns(small).iter_batches(batch_size=4096, batch_format="pyarrow"):
         planner.add(table.to_pylist())
@@ -104,6 +106,26 @@ def _run(config: PrecomputeConfig) -> Summary:
         committer.commit()
     summary.wall_s = time.monotonic() - began
     return summary
+
+
+def check_places(places: int | None, template: DocumentTemplate) -> None:
+    """Refuse ``places`` that the model's document template does not name, and a template that needs them.
+
+    Raises:
+        ConfigError: one of the two.
+    """
+    if template.by_place and places is None:
+        raise ConfigError(
+            "the model's document template names the document's place in the prompt, so that a cache is good for one "
+            "place only; --places N stores each document N times, for the first N places.",
+            param="places",
+        )
+    if places is not None and not template.by_place:
+        raise ConfigError(
+            "--places is for document templates that name the place, and this model's does not: one cache is good for "
+            "all places. Leave it out.",
+            param="places",
+        )
 
 
 def resolve_store(store: str) -> str:
@@ -158,8 +180,9 @@ def scan_corpus(config: PrecomputeConfig, corpus: Corpus, limit: int) -> Dataset
         # the two, and one big file would be tokenized on one core.
         num_cpus=0.5,
     )
+    settings = {"model": config.model, "limit": limit, "places": config.places}
     keyed = rows.repartition(target_num_rows_per_block=_KEY_ROWS).map_batches(
-        key_rows, batch_size=None, batch_format="pyarrow", fn_kwargs={"model": config.model, "limit": limit}
+        key_rows, batch_size=None, batch_format="pyarrow", fn_kwargs=settings
     )
     return keyed.materialize()
 

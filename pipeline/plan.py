@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from kvlink_core.chunking import CHUNK_SEPARATOR
 from kvlink_core.errors import CorpusError, DuplicateDocumentError, KVLinkError
+from kvlink_core.template import id_at_place, without_place
 from pipeline.summary import Failure, Summary
 
 T = TypeVar("T")
@@ -69,10 +70,12 @@ class Planner:
 
     Args:
         summary: is filled with what the scan shows.
+        places: for how many places of a prompt each chunk comes, where the document template names the place.
     """
 
-    def __init__(self, summary: Summary) -> None:
+    def __init__(self, summary: Summary, *, places: int | None = None) -> None:
         self._summary = summary
+        self._places = places
         self._documents: dict[str, tuple[bytes, str]] = {}
         self._pieces: dict[str, Piece] = {}
         self._conflicts: list[str] = []
@@ -184,15 +187,27 @@ class Planner:
 
         A document that has grown into chunks leaves the row of its own id; one that has shrunk leaves chunks.
         """
-        chunks = Counter(p.document_id for p in self._pieces.values() if p.id != p.document_id)
+        places = self._places or 1
+        chunks = Counter(p.document_id for p in self._pieces.values() if self._name(p.id) != p.document_id)
         for names in _batches(self._documents, 10_000):
-            yield from store.lookup([n for n in names if n in chunks])
-            ends = {n: chunks[n] for n in names}
+            yield from store.lookup([i for n in names if n in chunks for i in self._stored(n)])
+            ends = {n: chunks[n] // places for n in names}
             while ends:
-                beyond = {n: [f"{n}{CHUNK_SEPARATOR}{i}" for i in range(e, e + _PROBE)] for n, e in ends.items()}
+                beyond = {
+                    n: [i for c in range(e, e + _PROBE) for i in self._stored(f"{n}{CHUNK_SEPARATOR}{c}")]
+                    for n, e in ends.items()
+                }
                 found = store.lookup([each for ids in beyond.values() for each in ids])
                 yield from (each for each in found if each not in self._pieces)
                 ends = {n: ends[n] + _PROBE for n, ids in beyond.items() if any(each in found for each in ids)}
+
+    def _stored(self, name: str) -> list[str]:
+        """The ids under which a document or chunk is stored."""
+        return [name] if self._places is None else [id_at_place(name, p) for p in range(self._places)]
+
+    def _name(self, stored: str) -> str:
+        """The document or chunk that is stored under an id."""
+        return stored if self._places is None else without_place(stored)
 
 
 #: Former chunks are looked for this many at a time, until none of them is there: a run may have failed at some.

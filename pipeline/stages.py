@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from kvlink_core.models.describe import load_layout
 from kvlink_core.prompt import PromptLayout
 from kvlink_core.store import CatalogRow, DocumentStore
 from kvlink_core.store.rows import from_micros, to_micros
+from kvlink_core.template import id_at_place
 from kvlink_core.types import Document, DocumentCache, check_document_id
 from pipeline.reading import BadRow
 from pipeline.tables import RESULT_SCHEMA, SCAN_SCHEMA, bad_row
@@ -41,8 +43,11 @@ def _layout(model: str) -> PromptLayout:
     return load_layout(model)
 
 
-def key_rows(table: pa.Table, *, model: str, limit: int) -> pa.Table:
-    """Chunk, tokenize and key rows of ``READ_SCHEMA``; gives ``SCAN_SCHEMA``, good and bad rows alike."""
+def key_rows(table: pa.Table, *, model: str, limit: int, places: int | None = None) -> pa.Table:
+    """Chunk, tokenize and key rows of ``READ_SCHEMA``; gives ``SCAN_SCHEMA``, good and bad rows alike.
+
+    With ``places`` each chunk comes once for each of the first that many places of a prompt, its id saying which.
+    """
     keyed: list[dict[str, Any]] = []
     try:
         layout = _layout(model)
@@ -56,7 +61,8 @@ def key_rows(table: pa.Table, *, model: str, limit: int) -> pa.Table:
             continue
         document = Document(row["document_id"], row["text"], row["title"])
         try:
-            keyed.extend({**each, "place": row["place"]} for each in _key(document, row["place"], layout, limit))
+            chunks = _key(document, row["place"], layout, limit, places)
+            keyed.extend({**each, "place": row["place"]} for each in chunks)
         except KVLinkError as error:
             bad = bad_row("bad-row", BadRow(row["place"], document.id, error.code, str(error)))
             keyed.append({**bad, "part": 0})
@@ -67,31 +73,35 @@ def key_rows(table: pa.Table, *, model: str, limit: int) -> pa.Table:
     return pa.Table.from_pylist(keyed, schema=SCAN_SCHEMA)
 
 
-def _key(document: Document, place: str, layout: PromptLayout, limit: int) -> list[dict[str, Any]]:
-    def tokenize(text: str) -> list[int]:
-        return layout.document_tokens(Document(document.id, text, document.title))
+def _key(document: Document, place: str, layout: PromptLayout, limit: int, places: int | None) -> list[dict[str, Any]]:
+    def tokenize(text: str, at: int | None) -> list[int]:
+        return layout.document_tokens(Document(document.id, text, document.title), at)
 
-    chunks = chunk_document(document.id, document.text, limit=limit, count_tokens=lambda text: len(tokenize(text)))
+    def count(text: str) -> int:
+        return len(tokenize(text, places - 1 if places else None))  # the last place has the longest number
+
+    chunks = chunk_document(document.id, document.text, limit=limit, count_tokens=count)
     text_digest = hashlib.sha256(f"{document.title or ''}\0{document.text}".encode()).digest()
     keyed = []
-    for chunk in chunks:
+    for part, (chunk, at) in enumerate(product(chunks, range(places) if places else [None])):
+        chunk_id = chunk.id if at is None else id_at_place(chunk.id, at)
         try:
-            check_document_id(chunk.id)
+            check_document_id(chunk_id)
         except InputError as error:
             error.code = "invalid_id"  # as for the ids that are refused while reading
             raise
-        token_ids = tokenize(chunk.text)
+        token_ids = tokenize(chunk.text, at)
         keyed.append(
             {
                 "outcome": "ok",
                 "document_id": document.id,
-                "chunk_id": chunk.id,
-                "part": chunk.index,
+                "chunk_id": chunk_id,
+                "part": part,
                 "titled": document.title is not None,
                 "text_digest": text_digest,
                 "token_digest": digest_of_tokens(token_ids),
                 "tokens": len(token_ids),
-                "ticket": hashlib.sha256(f"{place}\0{chunk.index}".encode()).digest()[:16],
+                "ticket": hashlib.sha256(f"{place}\0{part}".encode()).digest()[:16],
                 "token_ids": token_bytes(token_ids),
             }
         )

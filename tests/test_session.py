@@ -18,6 +18,7 @@ from kvlink_core.errors import (
     DuplicateDocumentError,
     EmptyDocumentError,
     EmptyQuestionError,
+    MisplacedDocumentsError,
     PromptTooLongError,
     SamplingError,
     StoreUnavailableError,
@@ -221,6 +222,14 @@ def test_eight_threads_get_the_answers_of_one(tiny_model: LoadedModel, store: Do
         (AnswerRequest(ASK, linker="glue"), UnknownLinkerError, "'glue'"),
         (AnswerRequest(ASK, sampling=SamplingParams(top_p=2)), SamplingError, "top_p"),
         (AnswerRequest(ASK, [Document("x", "one"), Document("x", "two")]), DuplicateDocumentError, "'x'"),
+        (AnswerRequest([Message("user", "x", [DocumentRef("zz")]), *ASK]), UnknownDocumentError, "'zz'"),
+        (AnswerRequest([Message("user", "x", [Document("x", "")]), *ASK]), EmptyDocumentError, "'x'"),
+        (AnswerRequest([Message("system", "x", [DocumentRef("a")]), *ASK]), MisplacedDocumentsError, "message 0"),
+        (
+            AnswerRequest([Message("user", "x", [Document("x", "one")]), *ASK], [Document("x", "two")]),
+            DuplicateDocumentError,
+            "'x'",
+        ),
         (AnswerRequest(ASK, [Document("x", "word " * 500)]), PromptTooLongError, r"\d{4} tokens.*2048"),
     ],
 )

@@ -65,6 +65,7 @@ def places(tmp_path: Path, tiny_model_dir: Path) -> dict[str, str]:
         ("--input {corpus} --store {store} --model {tmp}/none", "no model at"),
         ("--input {corpus} --store {store} --model random:none", "unknown shape 'none'"),
         ("--input {corpus} --store {store} --model {model} --codec none", "no codec 'none'"),
+        ("--input {corpus} --store {store} --model {model} --places 3", "one cache is good for all places"),
         ("--input {corpus} --store {file} --model {model}", "Not a directory"),
         ("--input {corpus} --store {file}/below --model {model}", "Not a directory"),
         (

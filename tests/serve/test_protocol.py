@@ -54,6 +54,20 @@ def test_everything_that_works_arrives() -> None:
     )
 
 
+def test_documents_of_a_message_arrive_with_it() -> None:
+    asked = translate(
+        messages=[
+            {"role": "user", "content": "Who?", "documents": [{"id": "a"}]},
+            {"role": "assistant", "content": "Maria.", "documents": None},
+            *ASK["messages"],
+        ],
+        documents=[{"text": "It is in Oslo.", "title": "Place"}],
+    )
+    assert asked.messages[0] == WireMessage("user", "Who?", (WireDocument("a"),))
+    assert [m.documents for m in asked.messages[1:]] == [(), ()]
+    assert asked.documents == (WireDocument(None, "It is in Oslo.", "Place"),)
+
+
 def test_the_longest_answer_is_allowed() -> None:
     assert translate(max_tokens=100).sampling.max_tokens == 100
 
@@ -124,6 +138,26 @@ def test_harmless_parameters_are_accepted() -> None:
         ({"documents": [{"id": ""}]}, "documents[0].id", "invalid_value"),
         ({"documents": [{"id": "a", "title": "T"}]}, "documents[0]", "invalid_value"),
         ({"documents": "a"}, "documents", "invalid_value"),
+        (
+            {"messages": [{"role": "user", "content": "x", "documents": [{}]}]},
+            "messages[0].documents[0]",
+            "missing_parameter",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x", "documents": [{"text": ""}]}]},
+            "messages[0].documents[0].text",
+            "empty_document",
+        ),
+        (
+            {"messages": [{"role": "system", "content": "x", "documents": [{"id": "a"}]}, *ASK["messages"]]},
+            "messages[0].documents",
+            "misplaced_documents",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "documents": [{"id": "a"}]}, *ASK["messages"]]},
+            "messages[0].documents",
+            "misplaced_documents",
+        ),
         ({"model": None}, "model", "invalid_value"),
     ],
 )
@@ -135,6 +169,14 @@ def test_faults_are_named(fields: dict[str, Any], param: str | None, code: str) 
     ("fields", "code", "said"),
     [
         ({"documents": [{"id": "a"}] * 3}, "invalid_value", "3 documents, and at most 2"),
+        (
+            {
+                "documents": [{"id": "a"}, {"id": "a"}],
+                "messages": [{"role": "user", "content": "x", "documents": [{"id": "a"}]}, *ASK["messages"]],
+            },
+            "invalid_value",
+            "3 documents, and at most 2",
+        ),
         ({"messages": ASK["messages"] * 4}, "invalid_value", "4 messages, and at most 3"),
         ({"messages": [{"role": "user", "content": "\t "}]}, "empty_question", "ask something"),
         ({"max_tokens": 101}, "invalid_value", "max_tokens is 101, and at most 100 is allowed"),

@@ -138,6 +138,15 @@ def test_an_answer_and_its_report() -> None:
     ]
 
 
+def test_documents_of_messages_reach_the_core() -> None:
+    session = ScriptedSession()
+    server, _ = serving(session)
+    sampling = WireSampling(temperature=0.0, top_p=1.0, top_k=0, seed=None, max_tokens=4, stop=())
+    turns = (WireMessage("user", "q", (WireDocument("a"), WireDocument("b", "text"))), WireMessage("user", "r"))
+    asyncio.run(collect(server, EngineRequest("r", turns, (), None, sampling, True)))
+    assert [list(m.documents) for m in session.requests[0].messages] == [[DocumentRef("a"), Document("b", "text")], []]
+
+
 @pytest.mark.parametrize("text", [None, "text"])
 def test_the_rule_for_document_ids_is_the_store_s(text: str | None) -> None:
     session = ScriptedSession()

@@ -12,7 +12,10 @@ import openai
 import pytest
 from running_service import CHAT, QUESTION, TEXTS, Service, add_document
 
+from kvlink_core.engine import SamplingParams
+from kvlink_core.session import AnswerRequest, Session
 from kvlink_core.store import DocumentStore
+from kvlink_core.types import Document, Message
 
 pytestmark = pytest.mark.ray
 
@@ -40,6 +43,26 @@ def test_the_linker_is_selected_per_request(service: Service, linker: str) -> No
     assert body["kvlink"]["linker"] == linker
     assert (body["usage"]["prompt_tokens_details"]["cached_tokens"] == 0) is (linker == "full")
     assert body["choices"][0]["message"]["content"] == service.expected(TEXTS["harbour"], linker=linker)
+
+
+def test_documents_of_two_turns_are_the_core_s(service: Service) -> None:
+    first = {"role": "user", "content": "Who?", "documents": [{"id": "harbour"}]}
+    messages = [first, {"role": "assistant", "content": "Nobody."}, *QUESTION]
+    body = service.ask({"text": "Something new."}, messages=messages).json()
+    assert [(d["id"], d["origin"]) for d in body["kvlink"]["documents"]] == [("harbour", "store"), (None, "encoded")]
+    core = AnswerRequest(
+        [
+            Message("user", "Who?", [Document("", TEXTS["harbour"])]),
+            Message("assistant", "Nobody."),
+            Message("user", QUESTION[0]["content"]),
+        ],
+        [Document("", "Something new.")],
+        sampling=SamplingParams(max_tokens=12),
+    )
+    assert body["choices"][0]["message"]["content"] == Session(service.model).start(core).text()
+    messages = [*messages[:2], {**QUESTION[0], "documents": [{"id": "bridge"}]}]
+    refused = service.ask({"text": "Something new."}, messages=messages)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "misplaced_documents")
 
 
 def test_a_damaged_shard_is_recomputed_counted_and_reported(service: Service) -> None:
