@@ -7,12 +7,15 @@ in one forward pass that writes its own slots and reads all of them. The engine 
 
 from __future__ import annotations
 
+import math
+import weakref
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 from kvlink_core.models import LoadedModel
+from kvlink_core.models.memory import view
 from kvlink_core.models.rope import RopeTables
 from kvlink_core.prompt import Prompt
 from kvlink_core.types import DocumentCache
@@ -33,14 +36,24 @@ class LinkedCache:
     """
 
     def __init__(self, model: LoadedModel, prompt: Prompt, *, reserve: int) -> None:
-        keys, values = model.recipes.shapes(prompt.length + reserve)
         self.model = model
         self.prompt = prompt
         self.token_ids = prompt.token_ids()
-        self.keys = torch.empty(keys, dtype=model.dtype, device=model.device)
-        self.values = torch.empty(values, dtype=model.dtype, device=model.device)
+        self.keys, self.values = self._slots(prompt.length + reserve)
         self.pending = torch.arange(prompt.length)
         self._placed = torch.zeros(prompt.length, dtype=torch.bool)
+
+    def _slots(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory for keys and values, lent until this cache is gone; its views must not outlive it."""
+        model = self.model
+        shapes = model.recipes.shapes(capacity)
+        if model.device.type != "cpu":
+            keys, values = (torch.empty(shape, dtype=model.dtype, device=model.device) for shape in shapes)
+            return keys, values
+        size = math.prod(shapes[0]) * model.dtype.itemsize
+        buffer = model.lm.memory.take(size + math.prod(shapes[1]) * model.dtype.itemsize)
+        weakref.finalize(self, model.lm.memory.give, buffer).atexit = False
+        return view(buffer, 0, shapes[0], model.dtype), view(buffer, size, shapes[1], model.dtype)
 
     @property
     def computed_tokens(self) -> int:

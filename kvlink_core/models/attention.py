@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,9 @@ ATTENTION = "kvlink"
 #: Arguments of an attention call that SDPA has no term for: soft-capped scores, attention sinks.
 _BEYOND_SDPA = ("softcap", "s_aux")
 
+#: Queries are cut at these fractions of the context.
+_PARTS = 4
+
 
 @dataclass(slots=True)
 class _Pass:
@@ -33,7 +36,7 @@ class _Pass:
 
     positions: torch.Tensor
     length: int
-    forms: dict[tuple[int, object], torch.Tensor] = field(default_factory=dict)
+    blocks: dict[tuple[int, int, torch.dtype], Sequence[_Block]] = field(default_factory=dict)
 
 
 _active = threading.local()
@@ -93,46 +96,81 @@ def _attention(
         eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
         mask = _additive(attention_mask, query, key)
         return eager(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
-    groups = query.shape[1] // key.shape[1]
-    if attention_mask is None or attention_mask.shape[1] != 1 or groups == 1 or query.shape[2] == 1:
+    now: _Pass | None = getattr(_active, "now", None)
+    if now is None or attention_mask is None or attention_mask.shape[:2] != (1, 1) or query.shape[2] == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
-    return _grouped(query, key, value, attention_mask, groups, kwargs.get("scaling")), None
+    blocks = _once(now, attention_mask, query, key)
+    return _grouped(query, key, value, blocks, kwargs.get("scaling")), None
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Queries ``begin..end-1`` of a pass, the slots ``low..high-1`` that any of them sees, and their additive mask.
+
+    ``mask``: ``[1, 1, groups x queries, slots]``, the queries of a group laid end to end.
+    """
+
+    begin: int
+    end: int
+    low: int
+    high: int
+    mask: torch.Tensor
 
 
 def _grouped(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    groups: int,
-    scaling: float | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: Sequence[_Block], scaling: float | None
 ) -> torch.Tensor:
-    """Grouped-query attention with a mask, the queries of a group laid end to end.
+    """Grouped-query attention with a mask: ``[1, queries, heads, dim]``.
 
-    SDPA with a mask would repeat every key and value ``groups`` times first: for a few queries over a long context
-    that copy costs more than the attention.
+    SDPA with a mask would repeat every key and value for the queries that share it: for a few queries over a long
+    context that copy costs more than the attention. Here these queries are laid end to end instead.
     """
-    batch, heads, tokens, _ = query.shape
-    folded = query.reshape(batch, heads // groups, groups * tokens, query.shape[3])
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        folded, key, value, attn_mask=_repeated(mask, groups), scale=scaling
-    )
-    return attended.view(batch, heads, tokens, value.shape[3]).transpose(1, 2).contiguous()
+    _, heads, tokens, width = query.shape
+    groups = heads // key.shape[1]
+    attended = query.new_empty(1, tokens, heads, value.shape[3])
+    for block in blocks:
+        rows = block.end - block.begin
+        folded = query[:, :, block.begin : block.end].reshape(1, heads // groups, groups * rows, width)
+        result = torch.nn.functional.scaled_dot_product_attention(
+            folded,
+            key[:, :, block.low : block.high],
+            value[:, :, block.low : block.high],
+            attn_mask=block.mask,
+            scale=scaling,
+        )
+        attended[:, block.begin : block.end] = result.view(1, heads, rows, -1).transpose(1, 2)
+    return attended
 
 
-def _once_a_pass(mask: torch.Tensor, kind: object, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What all layers derive alike from one mask, made by the first of them."""
-    now: _Pass | None = getattr(_active, "now", None)
-    if now is None:
-        return make()
-    key = (mask.data_ptr(), kind)
-    if key not in now.forms:
-        now.forms[key] = make()
-    return now.forms[key]
+def _once(now: _Pass, mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Sequence[_Block]:
+    """The blocks of a mask, made by the first layer that needs them."""
+    groups = query.shape[1] // key.shape[1]
+    kind = (mask.data_ptr(), groups, query.dtype)
+    if kind not in now.blocks:
+        now.blocks[kind] = _blocks(now, mask[0, 0], groups, query.dtype)
+    return now.blocks[kind]
 
 
-def _repeated(mask: torch.Tensor, groups: int) -> torch.Tensor:
-    return _once_a_pass(mask, groups, lambda: mask.repeat(1, 1, groups, 1))
+def _blocks(now: _Pass, seen: torch.Tensor, groups: int, dtype: torch.dtype) -> list[_Block]:
+    """Cut the queries where it saves work: link tokens of early documents see a part of the slots only.
+
+    On an accelerator one call over all slots is cheaper than several over fewer, and looking would be a pause.
+    """
+    bounds = [(0, seen.shape[0])]
+    if seen.device.type == "cpu":
+        quarters = (now.positions * _PARTS // now.length).tolist()
+        cuts = [i for i in range(1, len(quarters)) if quarters[i] != quarters[i - 1]]
+        bounds = list(zip([0, *cuts], [*cuts, len(quarters)], strict=True))
+    blocks = []
+    for begin, end in bounds:
+        low, high = 0, now.length
+        if seen.device.type == "cpu":
+            slots = torch.nonzero(seen[begin:end].any(0)).flatten()
+            low, high = int(slots[0]), int(slots[-1]) + 1
+        part = seen[begin:end, low:high].repeat(groups, 1)
+        mask = torch.zeros(part.shape, dtype=dtype, device=seen.device).masked_fill_(~part, -torch.inf)
+        blocks.append(_Block(begin, end, low, high, mask[None, None]))
+    return blocks
 
 
 def _additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
@@ -144,12 +182,8 @@ def _additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor)
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril()[None, None]
     if mask.dtype != torch.bool:
         return mask
-    seen, dtype = mask, query.dtype
-
-    def make() -> torch.Tensor:
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
-
-    return _once_a_pass(mask, dtype, make)
+    lowest = torch.finfo(query.dtype).min
+    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, lowest)
 
 
 AttentionInterface.register(ATTENTION, _attention)

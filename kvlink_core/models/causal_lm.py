@@ -7,7 +7,7 @@ the model means them. Older ones that bring their own attention take an explicit
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from kvlink_core.errors import UnsupportedModelError
 from kvlink_core.models.attention import ATTENTION, attending
 from kvlink_core.models.capture import install
 from kvlink_core.models.key_recipe import Recipes, UnrotatedCache
+from kvlink_core.models.memory import SlotMemory
 from kvlink_core.models.probe import find_recipes
 from kvlink_core.models.rope import Rotary
 
@@ -34,6 +35,7 @@ class CausalLM:
         recipes: how its layers make the keys that they cache.
         rotary: re-positions keys.
         masking: how it learns what a token may see.
+        memory: where linked caches keep their slots on a CPU.
     """
 
     network: Any
@@ -41,6 +43,7 @@ class CausalLM:
     recipes: Recipes
     rotary: Rotary
     masking: Masking
+    memory: SlotMemory = field(default_factory=SlotMemory)
 
     @property
     def device(self) -> torch.device:
