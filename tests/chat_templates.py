@@ -146,6 +146,7 @@ def tokenizer(template: str) -> PreTrainedTokenizerFast:
     """The byte tokenizer with the control tokens of all templates, and ``template``."""
     fast = byte_tokenizer()
     fast.add_special_tokens({"additional_special_tokens": list(TOKENS)})
-    fast.add_tokens(["<think>", "</think>"])
+    if "think>" in template:
+        fast.add_tokens(["<think>", "</think>"])
     fast.chat_template = template
     return fast

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 
 import chat_templates as t
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -156,6 +159,47 @@ def test_control_tokens_in_messages_stay_text(name: str, at: str, spoken: int) -
     controls = [i for i in prompt.token_ids().tolist() if i >= 256]
     plain, _ = build(getattr(t, name), benign, at)
     assert controls == [i for i in plain.token_ids().tolist() if i >= 256]
+
+
+FRAGMENTS = [
+    *t.TOKENS,
+    "<",
+    "|>",
+    "<|",
+    "|",
+    ">",
+    "[",
+    "INST]",
+    "/",
+    "shut",
+    " ",
+    "\n",
+    "<think>",
+    "</think>",
+    "1",
+    "x",
+]
+
+
+@pytest.mark.parametrize("name", ["HEADERS", "INSTRUCTIONS", "THINKING"])
+@given(said=st.lists(st.lists(st.sampled_from(FRAGMENTS), max_size=6).map("".join), min_size=4, max_size=4))
+@settings(max_examples=40, deadline=None)
+def test_whatever_is_said_the_control_tokens_are_the_templates(name: str, said: list[str]) -> None:
+    turns = [(role, text) for (role, _), text in zip([SYSTEM, *LONG], said, strict=True)]
+    turns[0], turns[-1] = ("system", "!" + turns[0][1]), ("user", turns[-1][1] + "?")
+    tokenizer, layout, plain = prepared(name)
+    prompt = layout.build([Message(*turn) for turn in turns], [layout.plain_tokens("*")], links=None)
+    assert tokenizer.decode(prompt.token_ids()) == rendered(tokenizer, turns, "user", documents="*")
+    assert [i for i in prompt.token_ids().tolist() if i >= 256] == plain
+
+
+@lru_cache
+def prepared(name: str) -> tuple[PreTrainedTokenizerFast, PromptLayout, list[int]]:
+    """A layout, and the control tokens of its prompts of four turns."""
+    tokenizer = t.tokenizer(getattr(t, name))
+    layout = PromptLayout(tokenizer)
+    prompt = layout.build([Message(*turn) for turn in (SYSTEM, *LONG)], [layout.plain_tokens("*")], links=None)
+    return tokenizer, layout, [i for i in prompt.token_ids().tolist() if i >= 256]
 
 
 def without_documents(template: str, turns: list[tuple[str, str]]) -> tuple[str, list[int], str]:
