@@ -56,7 +56,9 @@ class DocumentEncoder:
             if not token_ids:
                 raise EmptyDocumentError("a document without tokens cannot be encoded.", param="documents")
             if len(token_ids) > self.model.context_length:
-                raise PromptTooLongError(len(token_ids), self.model.context_length, what="a document")
+                raise PromptTooLongError(
+                    len(token_ids), self.model.context_length, what="a document", reason=self.model.spec.context_reason
+                )
         caches: dict[int, DocumentCache] = {}
         for batch in length_batches([len(d) for d in documents], self.max_batch_tokens):
             caches.update(zip(batch, self._encode_batch([documents[i] for i in batch]), strict=True))

@@ -108,9 +108,9 @@ class PromptTooLongError(InputError):
 
     code = "context_length_exceeded"
 
-    def __init__(self, tokens: int, limit: int, *, what: str = "the prompt") -> None:
+    def __init__(self, tokens: int, limit: int, *, what: str = "the prompt", reason: str = "") -> None:
         super().__init__(
-            f"{what} has {tokens} tokens, and the model's context is {limit}. "
+            f"{what} has {tokens} tokens, and the model's context is {limit}{reason and f' ({reason})'}. "
             "Send fewer or shorter documents, or lower max_tokens.",
             param="messages",
         )

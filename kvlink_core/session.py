@@ -163,7 +163,7 @@ class Session:
         length = self._prompt(frame, linker, [[0] * n for n in lookup.lengths]).length
         room = self.model.context_length - length
         if room < 1:
-            raise PromptTooLongError(length, self.model.context_length)
+            raise PromptTooLongError(length, self.model.context_length, reason=self.model.spec.context_reason)
         return linker, lookup, frame, min(room, request.sampling.max_tokens)
 
     def _prompt(self, frame: Frame, linker: Linker, documents: Sequence[Sequence[int]]) -> Prompt:
