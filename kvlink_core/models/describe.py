@@ -15,7 +15,7 @@ from kvlink_core.errors import ConfigError, ModelError, ModelNotFoundError
 from kvlink_core.fingerprint import Fingerprint
 from kvlink_core.models.layout_file import LayoutFile, read_layout, read_layout_file, tokenizer_digest
 from kvlink_core.models.shapes import named_shape
-from kvlink_core.models.spec import ModelSpec, check_architecture, spec_from_config
+from kvlink_core.models.spec import ModelSpec, check_architecture, spec_from_config, with_long_rope
 from kvlink_core.prompt import PromptLayout
 from kvlink_core.text import first_line
 
@@ -90,6 +90,9 @@ def describe_model(source: str, *, device: str = "cpu", dtype: str | None = None
         file = read_layout_file(directory)
         weights = ""
     check_architecture(config.model_type)
+    rope = {k: v for k, v in raw.items() if "rope" in k or "rotary" in k}
+    if file.long_context:
+        config, rope["long_context"] = with_long_rope(config), True
     spec = spec_from_config(config)
     if out := [i for i in file.token_ids if not 0 <= i < spec.vocab_size]:
         raise ConfigError(f"kvlink.json names token {out[0]}, and the model's vocabulary has {spec.vocab_size}.")
@@ -104,7 +107,7 @@ def describe_model(source: str, *, device: str = "cpu", dtype: str | None = None
             model=f"{spec.model_type}-{spec.layers}x{config.get_text_config(decoder=True).hidden_size}-{architecture_digest(raw)[:16]}",
             weights=weights or weights_digest(directory),
             tokenizer=tokenizer_digest(directory),
-            rope=json.dumps({k: v for k, v in raw.items() if "rope" in k or "rotary" in k}, sort_keys=True),
+            rope=json.dumps(rope, sort_keys=True),
             dtype=str(chosen).removeprefix("torch."),
             template=layout.template.to_json(),
         ),

@@ -32,7 +32,8 @@ class _LinkTokensEntry(BaseModel):
 class LayoutFile(BaseModel):
     """The file's keys; unknown ones are refused. All may be left out: then documents stand, as plain text, at the
     start of the last user turn, and there are no link tokens. ``preset`` names the layout of a published checkpoint;
-    the other keys override it.
+    the other keys override it. ``long_context`` makes a model of RoPE type "longrope" use its long factors for every
+    prompt, short ones too: documents are then exact beyond the original context.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -47,6 +48,7 @@ class LayoutFile(BaseModel):
     mem_end: tuple[int, ...] = ()
     link_tokens: _LinkTokensEntry | None = None
     default_linker: str | None = None
+    long_context: bool = False
 
     @model_validator(mode="before")
     @classmethod

@@ -6,14 +6,20 @@ refused with the reason: nothing is served by a model that was never checked.
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kvlink_core.errors import UnsupportedModelError
+import transformers
+
+from kvlink_core.errors import ConfigError, UnsupportedModelError
+
+logger = logging.getLogger(__name__)
 
 #: RoPE kinds whose rotation of a position does not depend on the length of the prompt.
 LENGTH_FREE_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
@@ -54,8 +60,13 @@ class ModelSpec:
 @cache
 def architecture_table() -> Mapping[str, Mapping[str, str]]:
     """By ``model_type``: ``class``, ``status`` (``exact`` or ``refused``) and ``remark``."""
-    table: dict[str, dict[str, str]] = json.loads(_TABLE.read_text())["architectures"]
-    return table
+    table = json.loads(_TABLE.read_text())
+    if table["transformers"] != transformers.__version__:
+        logger.warning(
+            "architectures were judged with transformers %s, and this is %s: `kvlink architectures --check` judges again",
+            table["transformers"], transformers.__version__,
+        )  # fmt: skip
+    return table["architectures"]  # type: ignore[no-any-return]
 
 
 def exact_model_types() -> tuple[str, ...]:
@@ -125,7 +136,7 @@ def exact_length(config: Any) -> tuple[int, str]:
                 f"RoPE type {kind!r} is not known; supported: {', '.join(LENGTH_FREE_ROPE + LENGTH_BOUND_ROPE)}."
             )
         original = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
-        if kind in LENGTH_BOUND_ROPE:
+        if kind in LENGTH_BOUND_ROPE and not _one_regime(rope):
             limits.append((original, f"beyond, RoPE type {kind!r} changes what a document's own tokens compute"))
         if rope.get("llama_4_scaling_beta"):
             limits.append((original, _TEMPERATURE))
@@ -134,11 +145,32 @@ def exact_length(config: Any) -> tuple[int, str]:
     return min(limits, key=lambda limit: (limit[0], not limit[1]))
 
 
+def with_long_rope(config: Any) -> Any:
+    """A copy of a configuration that uses the long factors of RoPE type "longrope" at every length.
+
+    A document is encoded alone and so is short; with one set of factors it has the same keys in a long prompt.
+
+    Raises:
+        ConfigError: the model has no such RoPE.
+    """
+    config = copy.deepcopy(config)
+    found = [r for r in _rope_settings(config.get_text_config(decoder=True)) if r.get("rope_type") == "longrope"]
+    if not found:
+        raise ConfigError("kvlink.json sets long_context, which only models of RoPE type 'longrope' have.")
+    for rope in found:
+        rope["short_factor"] = rope["long_factor"]
+    return config
+
+
+def _one_regime(rope: Mapping[str, Any]) -> bool:
+    return "long_factor" in rope and rope["long_factor"] == rope.get("short_factor")
+
+
 _TEMPERATURE = "beyond, attention is scaled by a token's position in the prompt, which a document encoded alone lacks"
 
 
-def _rope_settings(config: Any) -> Iterator[Mapping[str, Any]]:
+def _rope_settings(config: Any) -> Iterator[dict[str, Any]]:
     """The RoPE settings of all kinds of layers."""
     rope = getattr(config, "rope_parameters", None) or {}
-    nested = [v for v in rope.values() if isinstance(v, Mapping)]
+    nested = [v for v in rope.values() if isinstance(v, dict)]
     yield from nested or [rope]

@@ -15,13 +15,13 @@ from kvlink_core.conformance import walk
 from kvlink_core.conformance.check import STEPS, check, prompt_of
 from kvlink_core.conformance.oracle import oracle_logits
 from kvlink_core.conformance.report import render
-from kvlink_core.conformance.tiny import CHUNK, tiny_config, tiny_model
+from kvlink_core.conformance.tiny import CHUNK, random_model, tiny_config, tiny_model
 from kvlink_core.encode import DocumentEncoder
 from kvlink_core.errors import UnsupportedModelError
 from kvlink_core.linking import get_linker
 from kvlink_core.models import attention
 from kvlink_core.models.rope import Rotary
-from kvlink_core.models.spec import check_architecture, exact_model_types, spec_from_config
+from kvlink_core.models.spec import check_architecture, exact_model_types, spec_from_config, with_long_rope
 
 #: What the project promises by name.
 PROMISED = set(
@@ -109,6 +109,19 @@ ROPE: dict[str, dict[str, Any]] = {
 def test_every_kind_of_rope_is_exact(kind: str, model_type: str) -> None:
     rope = {"rope_type": kind, "rope_theta": 1e4, **ROPE[kind]}
     assert check(tiny_model(model_type, rope_parameters=rope)).exact
+
+
+def test_long_rope_used_throughout_is_exact_beyond_the_original_context() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
+    config = tiny_config("phi3", rope_parameters={**rope, **_FACTORS}, original_max_position_embeddings=16)
+    assert spec_from_config(config).context_length == 16 < prompt_of(links=0).length
+    stock = random_model(config)
+    assert not check(stock).exact  # documents were encoded with the short factors
+    pinned = random_model(with_long_rope(config))
+    prompt = prompt_of(links=2)
+    expected = oracle_logits(stock, prompt, [], isolate=True)
+    assert check(pinned).exact
+    assert torch.equal(oracle_logits(pinned, prompt, [], isolate=True), expected)
 
 
 def test_rope_by_kind_of_layer() -> None:

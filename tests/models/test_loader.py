@@ -119,6 +119,13 @@ def test_rope_that_depends_on_the_length_is_exact_up_to_the_original_context(kin
     assert kind in spec.context_reason
 
 
+def test_long_context_is_for_models_with_long_factors(copy: Path) -> None:
+    layout = json.loads((copy / "kvlink.json").read_text())
+    (copy / "kvlink.json").write_text(json.dumps(layout | {"long_context": True}))
+    with pytest.raises(ConfigError, match="longrope"):
+        load_model(str(copy))
+
+
 def test_a_bias_by_distance_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="ALiBi"):
         spec_from_config(FalconConfig(alibi=True))
