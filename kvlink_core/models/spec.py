@@ -63,7 +63,7 @@ def architecture_table() -> Mapping[str, Mapping[str, str]]:
     table = json.loads(_TABLE.read_text())
     if table["transformers"] != transformers.__version__:
         logger.warning(
-            "architectures were judged with transformers %s, and this is %s: `kvlink architectures --check` judges again",
+            "architectures were judged with transformers %s, this is %s: `kvlink architectures --check` judges again",
             table["transformers"], transformers.__version__,
         )  # fmt: skip
     return table["architectures"]  # type: ignore[no-any-return]
