@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command import Kvlink, runner
 from tiny import save_tiny
 
 from kvlink_core.models import LoadedModel, load_model
@@ -32,6 +33,12 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_model(tiny_model_dir: Path) -> LoadedModel:
     """That model, loaded."""
     return load_model(str(tiny_model_dir))
+
+
+@pytest.fixture
+def kvlink(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kvlink:
+    """The ``kvlink`` command."""
+    return runner(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")

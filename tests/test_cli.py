@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from command import Kvlink
 
-from kvlink_core.cli import main
 from kvlink_core.engine import TokenEvent
-
-
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Kvlink = Callable[..., Done]
-
-
-@pytest.fixture
-def kvlink(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kvlink:
-    """The command in this process: starting another imports torch anew, seconds each time."""
-
-    def run(*arguments: str) -> Done:
-        monkeypatch.setattr("sys.argv", ["kvlink", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out = capsys.readouterr()
-        return Done(code, out.out, out.err)
-
-    return run
 
 
 def test_the_installed_command_fails_with_one_line() -> None:
@@ -77,11 +47,9 @@ def test_ask(kvlink: Kvlink, tiny_model_dir: Path) -> None:
         (["ask", "Where?", "--model", "MODEL", "--store", "/nowhere"], "/nowhere"),
         (["ask", "Where?", "--model", "MODEL", "--max-tokens", "0"], "max_tokens"),
         (["ask", "Where?", "--model", "MODEL", "--device", "cuda:77"], "cuda:77"),
-        (["bench", "ttft", "--model", "random:llama-9z"], "unknown shape"),
         (["ask", "x\udcff", "--model", "MODEL"], "surrogate"),
         (["eval", "worlds", "--model", "MODEL", "--condition", "link-tokens:x"], "whole number"),
         (["eval", "worlds", "--model", "MODEL", "--jsonl", "/nowhere/x"], "cannot write to '/nowhere/x'"),
-        (["bench", "ttft", "--model", "MODEL", "--json", "/nowhere/x"], "cannot write to '/nowhere/x'"),
         (["sample", "/proc/nothing"], "cannot write to '/proc/nothing'"),
     ],
 )
@@ -99,21 +67,6 @@ def test_an_answer_is_printed_as_it_is(kvlink: Kvlink, tiny_model_dir: Path, mon
     text = ":smile: [bold]x[/bold] " + "word " * 60
     monkeypatch.setattr("kvlink_core.session.Answer.__iter__", lambda _: iter([TokenEvent(text, (1,), "stop")]))
     assert kvlink("ask", "Where?", "--model", str(tiny_model_dir)).stdout == text + "\n"
-
-
-def test_bench_measures_every_candidate_and_writes_json(kvlink: Kvlink, tiny_model_dir: Path, tmp_path: Path) -> None:
-    done = kvlink(
-        "bench", "ttft", "--model", str(tiny_model_dir), "--documents", "3", "--document-tokens", "20",
-        "--repeats", "2", "--links", "3", "--json", str(tmp_path / "out.json"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "out.json").read_text())
-    computed = {row["name"]: row["computed_tokens"] for row in figures["rows"]}
-    assert computed == {
-        "full": 92, "reposition": 32, "link-tokens": 41, "floor": 41,
-        "reposition, from disk": 32, "link-tokens, from disk": 41,
-    }  # fmt: skip
-    assert all(len(row["seconds"]) == 2 for row in figures["rows"])
 
 
 def test_sample_is_the_committed_one(kvlink: Kvlink, tmp_path: Path) -> None:

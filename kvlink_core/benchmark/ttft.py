@@ -1,167 +1,275 @@
-"""``kvlink bench ttft``: time to first token of every linker, beside ``full`` and beside the floor, in one process.
-
-Documents are random tokens: attention costs the same whatever the text says. All candidates run alternately, so
-that a noisy machine disturbs them alike; medians and ratios are reported. The floor is the least that a linker with
-link tokens could do: the model's forward over the link and query tokens with the key/value cache ready in memory.
-"""
+"""``kvlink bench ttft``: time to first token of every linker, beside ``full`` and beside its floors, in one process."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from kvlink_core.encode import DocumentEncoder
-from kvlink_core.engine import Generation, SamplingParams
-from kvlink_core.errors import ConfigError
-from kvlink_core.linking import LinkedCache, get_linker
+from kvlink_core.benchmark.breakdown import Steps
+from kvlink_core.benchmark.candidates import FULL, Candidate, Floor, StockFloor, has_stock, ready_cache
+from kvlink_core.benchmark.corpus import Corpus
+from kvlink_core.benchmark.results import Breakdown, Case, Point, Row, parts_of, with_ratios
+from kvlink_core.benchmark.rounds import Clock, Progress, Work, alternate
+from kvlink_core.errors import ConfigError, KVLinkError
+from kvlink_core.linking import LinkedCache, linker_names
 from kvlink_core.models import LoadedModel
-from kvlink_core.prompt import Prompt, Segment
-from kvlink_core.store import DocumentStore
-from kvlink_core.template import LinkTokens
 from kvlink_core.types import DocumentCache
 
-FULL, FLOOR = "full", "floor"
+#: Counted runs of every candidate that a figure needs to be quoted.
+ENOUGH_RUNS = 7
+
+#: The context lengths of ``--sweep``, in tokens.
+SWEEP = (500, 1000, 2000, 5000, 10_000, 20_000, 32_000)
+
+#: Steps that add up to less or more of the whole than this are not to be trusted.
+AGREEMENT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """A prompt's shape: ``documents`` of ``document_tokens`` each, ``links`` after each, then ``query_tokens``."""
+class Settings:
+    """How to measure.
 
-    documents: int = 10
-    document_tokens: int = 500
-    query_tokens: int = 32
-    links: int = 5
+    Attributes:
+        linkers: names, with parameters where they have some; ``full`` is among the candidates in any case. ``None``
+            for all that the model can run.
+        repeats: counted runs of each candidate, after one that is not counted.
+        full_budget_s: seconds that the counted runs of ``full`` may take at one case.
+        skip: by candidate, the context length beyond which it is left out.
+        directory: where to keep a store to read caches from, or ``None``.
+        codec: of that store.
+        breakdown: whether to time the steps of linkers too.
+    """
 
-    @property
-    def context_tokens(self) -> int:
-        """Document tokens in all."""
-        return self.documents * self.document_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One candidate: what it computed, and seconds to the first token of each run."""
-
-    name: str
-    computed_tokens: int
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """Median seconds."""
-        return statistics.median(self.seconds)
+    linkers: tuple[str, ...] | None = None
+    repeats: int = ENOUGH_RUNS
+    full_budget_s: float = 300.0
+    skip: Mapping[str, int] = field(default_factory=dict)
+    directory: Path | None = None
+    codec: str = "raw"
+    breakdown: bool = True
 
 
-def random_prompt(case: Case, vocabulary: int, *, links: bool, seed: int) -> Prompt:
-    """A prompt of random tokens with the layout of DESIGN section 3."""
-    draw = torch.Generator().manual_seed(seed)
-    segments: list[Segment] = []
-    at = 0
-    link_tokens = LinkTokens(tuple(range(case.links)), case.links) if links and case.links else None
-    for place in range(case.documents):
-        ids = tuple(torch.randint(0, vocabulary, (case.document_tokens,), generator=draw).tolist())
-        segments.append(Segment("document", ids, at, place))
-        at += len(ids)
-        if link_tokens:
-            segments.append(Segment("link", link_tokens.after(place), at, place))
-            at += link_tokens.k
-    ids = tuple(torch.randint(0, vocabulary, (case.query_tokens,), generator=draw).tolist())
-    segments.append(Segment("suffix", ids, at))
-    return Prompt(tuple(segments))
+def parse_contexts(text: str) -> tuple[int, ...]:
+    """Context lengths from ``500,1000,...``, ascending, each once.
+
+    Raises:
+        ConfigError: not whole numbers above 0.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,9}", part) and int(part) for part in parts):
+        raise ConfigError(f"--context {text!r}: write whole numbers above 0, like 500,1000,2000.", param="context")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def parse_skips(texts: Sequence[str]) -> dict[str, int]:
+    """Context lengths beyond which candidates are left out, from ``NAME@LENGTH`` each.
+
+    Raises:
+        ConfigError: of another form, or one name twice.
+    """
+    skips: dict[str, int] = {}
+    for text in texts:
+        name, at, length = text.rpartition("@")
+        if not (name and at and re.fullmatch(r"[0-9]{1,9}", length)):
+            raise ConfigError(f"--skip {text!r}: write NAME@TOKENS, like full@16000.", param="skip")
+        if name in skips:
+            raise ConfigError(f"--skip names {name!r} twice.", param="skip")
+        skips[name] = int(length)
+    return skips
 
 
 def measure(
     model: LoadedModel,
-    case: Case,
-    linkers: Sequence[str],
-    *,
-    repeats: int,
-    store_directory: Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Row]:
-    """Measure.
+    cases: Sequence[Case],
+    settings: Settings,
+    progress: Progress = lambda name, done, total: None,
+) -> tuple[list[Point], list[str]]:
+    """Measure every case in turn.
 
-    Args:
-        model: usually one with random weights (``random:llama-100m``).
-        case: the prompt's shape.
-        linkers: names; ``full`` and the floor are always measured.
-        repeats: runs of each, after one that is not counted.
-        store_directory: where to keep a store; then every linker that uses caches is also measured reading them from
-            there (row ``NAME, from disk``), payload checksums verified.
-        progress: called with (runs done, runs in all).
+    Returns:
+        The points, and what must be said about them.
 
     Raises:
-        ConfigError: a context longer than the model's.
+        ConfigError: a context longer than the model's, a codec or linker that there is not, one that was named and that
+            the model cannot run, a skip of what is no candidate.
     """
-    vocabulary = model.spec.vocab_size
-    linked_prompt = random_prompt(case, vocabulary, links=True, seed=0)
-    plain_prompt = random_prompt(case, vocabulary, links=False, seed=0)
-    if linked_prompt.length >= model.context_length:
-        raise ConfigError(f"{linked_prompt.length} tokens do not fit the context of {model.context_length}.")
-    documents = [list(s.token_ids) for s in plain_prompt.documents]
-    caches = DocumentEncoder(model).encode(documents)
-
-    def first_token(linked: LinkedCache) -> None:
-        Generation(linked, SamplingParams(), max_tokens=1, stop_ids=frozenset())
-
-    def linker_run(name: str, load: Callable[[], list[DocumentCache]]) -> tuple[int, Callable[[], None]]:
-        linker = get_linker(name)
-        prompt = linked_prompt if name == "link-tokens" else plain_prompt
-
-        def run() -> LinkedCache:
-            return linker.link(model, prompt, load() if linker.uses_caches else [], reserve=1)
-
-        return run().computed_tokens, lambda: first_token(run())
-
-    def floor_run() -> tuple[int, Callable[[], None]]:
-        ready = get_linker("link-tokens").link(model, linked_prompt, caches, reserve=1)
-        token_ids, positions = ready.token_ids[ready.pending], ready.pending
-        return ready.computed_tokens, lambda: _discard(ready.compute(token_ids, positions).argmax())
-
-    runs = {name: linker_run(name, lambda: caches) for name in dict.fromkeys([FULL, *linkers])}
-    runs[FLOOR] = floor_run()
-    if store_directory is not None:
-        store = DocumentStore.open(str(store_directory), fingerprint=model.fingerprint, create=True)
-        rows = store.write_shard([(f"document-{i}", cache) for i, cache in enumerate(caches)])
-        store.commit(rows)
-        for name in linkers:
-            if get_linker(name).uses_caches:
-                runs[f"{name}, from disk"] = linker_run(name, lambda: _sound(store.load(rows)))
-    return _alternate(runs, repeats, model.device, progress)
+    with ExitStack() as stack:
+        corpus = Corpus(model, settings.directory, settings.codec)
+        stack.callback(corpus.close)
+        names, warnings = _names(model, corpus, cases[0], settings)
+        if unknown := sorted(set(settings.skip) - set(names)):
+            raise ConfigError(f"--skip {unknown[0]!r}: the candidates are {', '.join(names)}.", param="skip")
+        _check_lengths(model, corpus, cases, names, settings)
+        if not has_stock(model):
+            warnings.append("transformers has no sdpa attention for this model: the stock floor was not measured.")
+        points = []
+        for case in cases:
+            chosen = [name for name in names if case.context_tokens <= settings.skip.get(name, case.context_tokens)]
+            warnings += [
+                f"{name} at {case.context_tokens:,} context tokens: left out as asked."
+                for name in names
+                if name not in chosen
+            ]
+            candidates = [Candidate.make(name, model, corpus, case) for name in chosen]
+            point = _Measurement(model, corpus, case, settings).run(candidates, progress)
+            points.append(point)
+            warnings += list(_remarks(point, settings.repeats))
+    return points, warnings
 
 
-def _alternate(
-    runs: dict[str, tuple[int, Callable[[], None]]],
-    repeats: int,
-    device: torch.device,
-    progress: Callable[[int, int], None],
-) -> list[Row]:
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    total, done = (repeats + 1) * len(runs), 0
-    for repeat in range(repeats + 1):
-        for name, (_, run) in runs.items():
-            started = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
-            done += 1
-            progress(done, total)
-    return [Row(name, computed, tuple(seconds[name])) for name, (computed, _) in runs.items()]
+def _names(model: LoadedModel, corpus: Corpus, case: Case, settings: Settings) -> tuple[list[str], list[str]]:
+    """The candidates, and why registered ones are not among them that nobody asked for."""
+    warnings = []
+    names = [FULL]
+    for name in settings.linkers if settings.linkers is not None else linker_names():
+        try:
+            Candidate.make(name, model, corpus, case)
+        except KVLinkError as error:
+            if settings.linkers is not None:
+                raise
+            warnings.append(f"{name} was not measured: {error}")
+        else:
+            names.append(name)
+    return list(dict.fromkeys(names)), warnings
 
 
-def _sound(loaded: Sequence[object]) -> list[DocumentCache]:
-    caches = [c for c in loaded if isinstance(c, DocumentCache)]
-    if len(caches) != len(loaded):
-        raise ConfigError("the benchmark's own store could not be read back; is its disk sound?")
-    return caches
+def _check_lengths(
+    model: LoadedModel, corpus: Corpus, cases: Sequence[Case], names: Sequence[str], settings: Settings
+) -> None:
+    """Raises ``ConfigError`` before the first run, not after hours, when a prompt would not fit."""
+    for name in names:
+        asked = [c for c in cases if c.context_tokens <= settings.skip.get(name, c.context_tokens)]
+        for case in asked[-1:]:
+            length = Candidate.make(name, model, corpus, case).prompt.length
+            if length >= model.context_length:
+                raise ConfigError(
+                    f"a prompt of {length:,} tokens does not fit the model's context of {model.context_length:,}; "
+                    "ask for shorter ones with --context or --documents.",
+                    param="context",
+                )
 
 
-def _discard(_: object) -> None:
-    return None
+def _remarks(point: Point, repeats: int) -> list[str]:
+    """What a reader must know of a point beside its figures."""
+    context = f"{point.case.context_tokens:,} context tokens"
+    said = [
+        f"{row.label} at {context}: {len(row.seconds)} instead of {repeats} runs, for its time budget."
+        for row in point.rows
+        if len(row.seconds) < repeats
+    ]
+    return said + [
+        f"{b.label} at {context}: its steps add up to {100 * b.sum_of_whole:.0f} % of the whole, more than "
+        f"{100 * AGREEMENT:.0f} % off; take its breakdown as a hint."
+        for b in point.breakdowns
+        if abs(b.sum_of_whole - 1) > AGREEMENT
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """A row to be: what it is, and how one run of it goes."""
+
+    work: Work
+    row: dict[str, object]
+    steps: Work | None = None
+
+
+class _Measurement:
+    """Everything at one case. What it holds in memory goes when it goes."""
+
+    def __init__(self, model: LoadedModel, corpus: Corpus, case: Case, settings: Settings) -> None:
+        self._model = model
+        self._corpus = corpus
+        self._case = case
+        self._settings = settings
+        self._clock = Clock(model.device)
+
+    def run(self, candidates: Sequence[Candidate], progress: Progress) -> Point:
+        """Measure ``candidates`` and the floors under them."""
+        context = self._case.context_tokens
+        progress(f"encoding {context:,} tokens", 0, 1)
+        caches = self._corpus.caches(self._case)
+        if self._corpus.stored:
+            self._corpus.store(self._case)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            measured = [m for c in candidates for m in self._of_candidate(c, pool)]
+            measured += self._floors([c for c in candidates if c.linker.uses_caches], caches)
+            works = {f"{i} whole": m.work for i, m in enumerate(measured)}
+            works |= {f"{i} steps": m.steps for i, m in enumerate(measured) if m.steps}
+
+            def shown(name: str, done: int, total: int) -> None:
+                number, _, what = name.partition(" ")
+                label = f": {measured[int(number)].row['name']} ({what})" if name else ""
+                progress(f"{context:,} tokens{label}", done, total)
+
+            runs = alternate(works, self._settings.repeats, shown)
+        rows = [Row.of([run["whole"] for run in runs[f"{i} whole"]], **m.row) for i, m in enumerate(measured)]
+        breakdowns = [_breakdown(rows[i], runs[f"{i} steps"]) for i, m in enumerate(measured) if m.steps is not None]
+        return Point(case=self._case, rows=with_ratios(rows), breakdowns=breakdowns)
+
+    def _of_candidate(self, candidate: Candidate, pool: ThreadPoolExecutor) -> list[_Measured]:
+        corpus, case, clock = self._corpus, self._case, self._clock
+        row = {
+            "name": candidate.name,
+            "prompt_tokens": candidate.prompt.length,
+            "computed_tokens": candidate.prompt.length,
+        }
+        in_memory = partial(candidate.run, partial(corpus.caches, case), clock)
+        if not candidate.linker.uses_caches:
+            return [_Measured(Work(in_memory, self._settings.full_budget_s), row | {"kind": FULL, "source": None})]
+        row |= {"kind": "linker", "computed_tokens": candidate.link(corpus.caches(case)).computed_tokens}
+        sources = {"memory": None, "disk": partial(corpus.load, case)} if corpus.stored else {"memory": None}
+        found = []
+        for source, load in sources.items():
+            work = Work(in_memory if load is None else partial(candidate.run, load, clock))
+            steps = Work(partial(Steps(candidate, load, corpus, case, pool).run, clock))
+            found.append(_Measured(work, row | {"source": source}, steps if self._settings.breakdown else None))
+        return found
+
+    def _floors(self, candidates: Sequence[Candidate], caches: Sequence[DocumentCache]) -> list[_Measured]:
+        """Both floors under each number of tokens that a linker computes in a prompt of some length."""
+        groups: dict[tuple[int, int], list[Candidate]] = {}
+        pending: dict[tuple[int, int], torch.Tensor] = {}
+        for candidate in candidates:
+            linked = candidate.link(caches)
+            key = (candidate.prompt.length, linked.computed_tokens)
+            groups.setdefault(key, []).append(candidate)
+            pending.setdefault(key, linked.pending)
+        ready: dict[int, LinkedCache] = {}
+        found: list[_Measured] = []
+        for (length, tokens), members in groups.items():
+            if length not in ready:
+                ready[length] = ready_cache(self._model, members[0].prompt, caches)
+            places = pending[length, tokens]
+            if len(places) != tokens:  # computed in part while linking: at which places makes little difference
+                places = torch.arange(length - tokens, length)
+            of = "of " + ", ".join(member.name for member in members)
+            row = {"source": None, "prompt_tokens": length, "computed_tokens": tokens}
+            floor = Work(partial(Floor(ready[length], places).run, self._clock))
+            found.append(_Measured(floor, row | {"name": f"floor {of}", "kind": "floor"}))
+            if has_stock(self._model):
+                stock = Work(partial(StockFloor(ready[length], tokens).run, self._clock))
+                found.append(_Measured(stock, row | {"name": f"stock floor {of}", "kind": "stock"}))
+        return found
+
+
+def _breakdown(row: Row, runs: Sequence[Mapping[str, float]]) -> Breakdown:
+    measured = {name: [run[name] for run in runs] for name in runs[0]}
+    parts = parts_of(measured)
+    total = sum(parts.values())
+    return Breakdown(
+        name=row.name,
+        source="disk" if row.source == "disk" else "memory",
+        measured=measured,
+        parts=parts,
+        sum_s=total,
+        sum_of_whole=total / row.median_s,
+    )

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import platform
+import shlex
+import sys
+import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
+from rich.console import Console
 
-from kvlink_core.cli.common import Device, Dtype, Model, probe, progress_bar, stdout
+from kvlink_core.cli.common import Device, Dtype, Model, probe, progress_bar, stderr, stdout
+from kvlink_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvlink_core.benchmark.results import Case, Report
 
 bench_app = typer.Typer(
     help="Measure speed: alternating runs in one process, medians and ratios.", no_args_is_help=True
 )
+
+#: Columns for tables that go into a file or a pipe.
+_WIDTH = 140
 
 
 @bench_app.command("ttft")
@@ -22,66 +31,126 @@ def bench_ttft(
     model: Model = "random:llama-100m",
     device: Device = "cpu",
     dtype: Dtype = None,
-    documents: Annotated[int, typer.Option(min=1, help="Documents in the prompt.")] = 10,
+    documents: Annotated[int | None, typer.Option(min=1, help="Documents in the prompt; default: 10.")] = None,
     document_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 500,
     query_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the question.")] = 32,
     links: Annotated[int, typer.Option(min=1, help="Link tokens after each document.")] = 5,
-    linker: Annotated[list[str] | None, typer.Option(help="Linkers to measure beside `full`; repeat.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Counted runs of each.")] = 7,
+    context: Annotated[
+        str | None, typer.Option(help="Document tokens in all, instead of --documents; several: `500,1000,...`.")
+    ] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Contexts of 500 to 32,000 tokens.")] = False,
+    linker: Annotated[
+        list[str] | None,
+        typer.Option(help="Linkers to measure beside `full`, with parameters or without; repeat. Default: all."),
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Counted runs of each; default: 7.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Allow fewer than 7 runs; all output says so.")] = False,
+    full_budget: Annotated[
+        float, typer.Option(min=0, help="Seconds for the runs of `full` at one context; beyond, it gets fewer.")
+    ] = 300.0,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="`NAME@TOKENS`: leave NAME out beyond that context; repeat.")
+    ] = None,
     disk: Annotated[bool, typer.Option(help="Also measure reading the caches from a store on local disk.")] = True,
+    codec: Annotated[str, typer.Option(help="Codec of that store.")] = "raw",
+    breakdown: Annotated[bool, typer.Option(help="Also time each step of the linkers.")] = True,
     output: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them here: .svg or .png.")] = None,
 ) -> None:
-    """Time to first token of every linker, beside full prefill and beside the floor.
+    """Time to first token of every linker, beside full prefill and beside its floors.
 
-    The floor is the model's forward over link and query tokens with the KV cache ready in memory.
+    The floors compute the tokens that a linker leaves to compute with everything else ready in memory: the engine's
+    own forward pass, and that of transformers. docs/benchmarks.md says how to read the figures.
     """
-    import tempfile
-
-    import torch
-
-    from kvlink_core.benchmark.ttft import FLOOR, FULL, Case, measure
+    from kvlink_core.benchmark.hardware import CoreWatch
+    from kvlink_core.benchmark.plot import check_plot, draw
+    from kvlink_core.benchmark.report import make_report, write_report
+    from kvlink_core.benchmark.ttft import ENOUGH_RUNS, Settings, measure, parse_skips
     from kvlink_core.models import load_model
 
+    watch, started = CoreWatch(), datetime.now(UTC)
+    runs = repeats or (2 if quick else ENOUGH_RUNS)
+    if runs < ENOUGH_RUNS and not quick:
+        raise ConfigError(
+            f"--repeats {runs}: a median to be quoted needs at least {ENOUGH_RUNS} runs; with --quick fewer are made, "
+            "and all output says so.",
+            param="repeats",
+        )
+    cases = _cases(documents, document_tokens, query_tokens, links, context, sweep)
     probe(output)
-    case = Case(documents, document_tokens, query_tokens, links)
-    loaded = load_model(model, device=device, dtype=dtype)
-    with tempfile.TemporaryDirectory(prefix="kvlink-bench-") as scratch, progress_bar() as bar:
-        task = bar.add_task("measuring", total=None)
-        rows = measure(
-            loaded,
-            case,
-            linker or ["reposition", "link-tokens"],
-            repeats=repeats,
-            store_directory=Path(scratch) / "store" if disk else None,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+    if plot is not None:
+        check_plot(plot)
+        probe(plot)
+    with tempfile.TemporaryDirectory(prefix="kvlink-bench-") as scratch:
+        settings = Settings(
+            linkers=tuple(linker) if linker else None,
+            repeats=runs,
+            full_budget_s=full_budget,
+            skip=parse_skips(skip or []),
+            directory=Path(scratch) / "store" if disk else None,
+            codec=codec,
+            breakdown=breakdown,
         )
-    medians = {row.name: row.median for row in rows}
-    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    table = Table(
-        title=f"time to first token: {model}, {loaded.fingerprint.dtype}, {documents} x {document_tokens} tokens "
-        f"+ {query_tokens} query tokens, {links} links; {where}; median of {repeats}",
-        title_justify="left",
-    )
-    for column in ("candidate", "computed tokens", "median ms", "min ms", "of full", "x floor"):
-        table.add_column(column, justify="left" if column == "candidate" else "right")
-    for row in rows:
-        table.add_row(
-            row.name,
-            str(row.computed_tokens),
-            f"{1e3 * row.median:.1f}",
-            f"{1e3 * min(row.seconds):.1f}",
-            f"{100 * row.median / medians[FULL]:.1f} %",
-            f"{row.median / medians[FLOOR]:.2f}",
-        )
-    stdout.print(table)
-    if output:
-        figures = {
-            "model": model,
-            "dtype": loaded.fingerprint.dtype,
-            "device": where,
-            "machine": platform.machine(),
-            "torch": torch.__version__,
-            "case": {k: getattr(case, k) for k in case.__slots__},
-            "rows": [{"name": r.name, "computed_tokens": r.computed_tokens, "seconds": r.seconds} for r in rows],
-        }
-        output.write_text(json.dumps(figures, indent=1))
+        loaded = load_model(model, device=device, dtype=dtype)
+        if early := watch.warning():
+            stderr.print(f"kvlink: {early}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        with progress_bar() as bar:
+            task = bar.add_task("", total=None)
+            points, warnings = measure(
+                loaded,
+                cases,
+                settings,
+                lambda name, done, total: bar.update(task, description=name, completed=done, total=total),
+            )
+    report = make_report(
+        loaded, model, settings, points, warnings,
+        watch=watch, command=shlex.join(["kvlink", *sys.argv[1:]]), started=started,
+    )  # fmt: skip
+    _show(report)
+    if output is not None:
+        write_report(report, output)
+    if plot is not None:
+        draw(report, plot)
+
+
+@bench_app.command("plot")
+def bench_plot(
+    results: Annotated[Path, typer.Argument(help="JSON of `kvlink bench ttft`.")],
+    picture: Annotated[Path, typer.Argument(help="What to draw: .svg or .png.")],
+) -> None:
+    """Draw the figures of an earlier run again."""
+    from kvlink_core.benchmark.plot import check_plot, draw
+    from kvlink_core.benchmark.report import read_report
+
+    check_plot(picture)
+    draw(read_report(results), picture)
+
+
+def _cases(
+    documents: int | None, document_tokens: int, query_tokens: int, links: int, context: str | None, sweep: bool
+) -> list[Case]:
+    from kvlink_core.benchmark.results import Case
+    from kvlink_core.benchmark.ttft import SWEEP, parse_contexts
+
+    named = {"--documents": documents is not None, "--context": context is not None, "--sweep": sweep}
+    given = [name for name, there in named.items() if there]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} both say how long the context is; give one of them.", param="context")
+    contexts: tuple[int, ...] = ((documents or 10) * document_tokens,)
+    if sweep or context is not None:
+        contexts = parse_contexts(context) if context is not None else SWEEP
+    return [
+        Case(context_tokens=c, document_tokens=document_tokens, query_tokens=query_tokens, links=links)
+        for c in contexts
+    ]
+
+
+def _show(report: Report) -> None:
+    from kvlink_core.benchmark.tables import hardware_line, report_tables
+
+    wide = stdout if stdout.is_terminal else Console(emoji=False, width=_WIDTH)
+    for table in report_tables(report):
+        wide.print(table)
+    stdout.print(hardware_line(report), markup=False, highlight=False, soft_wrap=True)
+    for warning in report.warnings:
+        stdout.print(f"note: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,89 @@
+"""The report of ``kvlink bench ttft``: put together, written, read back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from kvlink_core.benchmark.hardware import CoreWatch, describe_hardware, describe_versions
+from kvlink_core.benchmark.results import Model, Point, Report
+from kvlink_core.benchmark.ttft import ENOUGH_RUNS, Settings
+from kvlink_core.errors import ConfigError
+from kvlink_core.models import LoadedModel
+
+
+def make_report(
+    model: LoadedModel,
+    source: str,
+    settings: Settings,
+    points: Sequence[Point],
+    warnings: Sequence[str],
+    *,
+    watch: CoreWatch,
+    command: str,
+    started: datetime,
+) -> Report:
+    """The report of what ``measure`` returned.
+
+    Args:
+        model: that was measured, which the command line called ``source``.
+        settings, points, warnings: what ``measure`` was given and gave.
+        watch: has looked since before.
+        command: that was run.
+        started: when, with a time zone.
+    """
+    busy = watch.warning()
+    quick = settings.repeats < ENOUGH_RUNS
+    few = f"a quick run of {settings.repeats}: not to be quoted; a figure needs {ENOUGH_RUNS} runs or more."
+    return Report(
+        format="kvlink-bench-ttft/1",
+        command=command,
+        started=started.isoformat(timespec="seconds"),
+        quick=quick,
+        repeats=settings.repeats,
+        full_budget_s=settings.full_budget_s,
+        versions=describe_versions(),
+        hardware=describe_hardware(model.device, watch),
+        model=Model(
+            source=source,
+            type=model.spec.model_type,
+            parameters=sum(p.numel() for p in model.network.parameters()),
+            dtype=model.fingerprint.dtype,
+            device=str(model.device),
+        ),
+        warnings=[*([few] if quick else []), *([busy] if busy else []), *warnings],
+        points=list(points),
+    )
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write the JSON.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        path.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {str(path)!r}: {error.strerror}.") from error
+
+
+def read_report(path: Path) -> Report:
+    """Read the JSON back.
+
+    Raises:
+        ConfigError: not there, not such a file, or figures that do not follow from its runs.
+    """
+    try:
+        return Report.model_validate_json(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{str(path)!r} is not text in UTF-8, let alone the JSON of kvlink bench ttft.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(step) for step in first["loc"]) or "the file"
+        raise ConfigError(f"{str(path)!r} is not the JSON of kvlink bench ttft: {where}: {first['msg']}.") from error
