@@ -5,6 +5,10 @@ from __future__ import annotations
 from tiny import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from kvlink_core.prompt import Prompt, PromptLayout
+from kvlink_core.template import DocumentTemplate
+from kvlink_core.types import Document, Message
+
 TOKENS = ("<|open|>", "<|shut|>", "<|turn|>", "[INST]", "[/INST]", "<s>", "</s>")
 
 #: Each turn under a header that names its role; contents are trimmed.
@@ -142,7 +146,7 @@ ONE_LINE = _each("m.content.split() | join(' ')")
 INDENTED = _each("m.content | indent(2)")
 
 
-def tokenizer(template: str) -> PreTrainedTokenizerFast:
+def with_template(template: str) -> PreTrainedTokenizerFast:
     """The byte tokenizer with the control tokens of all templates, and ``template``."""
     fast = byte_tokenizer()
     fast.add_special_tokens({"additional_special_tokens": list(TOKENS)})
@@ -150,3 +154,36 @@ def tokenizer(template: str) -> PreTrainedTokenizerFast:
         fast.add_tokens(["<think>", "</think>"])
     fast.chat_template = template
     return fast
+
+
+DOCUMENTS = DocumentTemplate("* {text};", "* {title}: {text};")
+TEXTS = ("One\n <b>.", 'Two "x" \\ & é')
+SHORT = [("user", "What?")]
+LONG = [("user", "Hi "), ("assistant", " Hello"), ("user", "What?")]
+SYSTEM = ("system", "Be brief.")
+
+
+def build(template: str, turns: list[tuple[str, str]], at: str) -> tuple[Prompt, PreTrainedTokenizerFast]:
+    """The prompt of a conversation with two documents."""
+    tokenizer = with_template(template)
+    layout = PromptLayout(tokenizer, documents_in=at, template=DOCUMENTS)  # type: ignore[arg-type]  # a parameter
+    documents = [layout.document_tokens(Document("", text)) for text in TEXTS]
+    return layout.build([Message(*turn) for turn in turns], documents, links=None), tokenizer
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerFast, turns: list[tuple[str, str]], at: str, documents: str | None = None
+) -> str:
+    """What the template makes of the conversation with the documents written into it."""
+    documents = "".join(f"* {text};" for text in TEXTS) if documents is None else documents
+    turns = list(turns)
+    if at == "user":
+        turns[-1] = ("user", documents + turns[-1][1])
+    elif at == "turn":
+        turns.insert(-1, ("documents", documents))
+    elif turns[0][0] == "system":
+        turns[0] = ("system", turns[0][1] + documents)
+    else:
+        turns.insert(0, ("system", documents))
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

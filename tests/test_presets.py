@@ -17,7 +17,7 @@ from kvlink_core.engine import SamplingParams
 from kvlink_core.errors import ConfigError, TooManyDocumentsError
 from kvlink_core.linking import get_linker
 from kvlink_core.models import LoadedModel, describe_model, load_model
-from kvlink_core.models.layout_file import read_layout_file
+from kvlink_core.models.layout_file import LayoutFile, read_layout_file
 from kvlink_core.presets import PRESETS
 from kvlink_core.prompt import Prompt
 from kvlink_core.session import AnswerRequest, Session
@@ -156,6 +156,6 @@ def test_a_model_without_those_tokens_is_refused(tiny_model_dir: Path, tmp_path:
         describe_model(str(tmp_path))
 
 
-def test_the_documentation_lists_every_preset() -> None:
+def test_the_documentation_lists_every_preset_and_every_key() -> None:
     page = (Path(__file__).parent.parent / "docs" / "prompts.md").read_text("utf-8")
-    assert all(f"`{name}`" in page for name in PRESETS)
+    assert [name for name in (*PRESETS, *LayoutFile.model_fields) if f"`{name}`" not in page] == []
