@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvlink_core.benchmark.results import PARTS, Breakdown, Point, Report, Row
-from kvlink_core.benchmark.tables import milliseconds, typical_point
+from kvlink_core.benchmark.tables import count, milliseconds, typical_point
 from kvlink_core.errors import ConfigError
 
 #: Formats by the ending of the file's name.
@@ -78,7 +78,7 @@ def _matplotlib() -> tuple[Any, Any]:
 
 
 def _title(report: Report) -> str:
-    quick = f"QUICK RUN ({report.repeats} runs each), not to be quoted\n" if report.quick else ""
+    quick = f"QUICK RUN, {count(report.repeats, 'run')} each, not to be quoted\n" if report.quick else ""
     case = typical_point(report).case
     return (
         f"{quick}Time to first token: {report.model.source}, {report.model.dtype}, documents of "
@@ -88,7 +88,7 @@ def _title(report: Report) -> str:
 
 def _footer(report: Report) -> str:
     hardware = report.hardware
-    where = hardware.gpu or f"{hardware.cpu}, {hardware.threads} threads on {hardware.cores} cores"
+    where = hardware.gpu or f"{hardware.cpu}, {count(hardware.threads, 'thread')} on {count(hardware.cores, 'core')}"
     least = min(len(row.seconds) for point in report.points for row in point.rows)
     runs = f"medians of {report.repeats} runs" + (f" (of `full` down to {least})" if least < report.repeats else "")
     versions = ", ".join(f"{name} {report.versions[name]}" for name in ("kvlink", "torch") if name in report.versions)

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from kvlink_core.benchmark.hardware import CoreWatch, describe_hardware, describe_versions
 from kvlink_core.benchmark.results import Model, Point, Report
+from kvlink_core.benchmark.tables import count
 from kvlink_core.benchmark.ttft import ENOUGH_RUNS, Settings
 from kvlink_core.errors import ConfigError
 from kvlink_core.models import LoadedModel
@@ -37,7 +38,7 @@ def make_report(
     """
     busy = watch.warning()
     quick = settings.repeats < ENOUGH_RUNS
-    few = f"a quick run of {settings.repeats}: not to be quoted; a figure needs {ENOUGH_RUNS} runs or more."
+    few = f"quick, with {count(settings.repeats, 'run')} each: not to be quoted; a figure needs {ENOUGH_RUNS} or more."
     return Report(
         format="kvlink-bench-ttft/1",
         command=command,

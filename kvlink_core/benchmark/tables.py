@@ -20,6 +20,11 @@ def milliseconds(seconds: float) -> str:
     return f"{value:,.{digits}f}"
 
 
+def count(number: int, what: str) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def typical_point(report: Report) -> Point:
     """The point that stands for all where only one can be shown."""
     return min(report.points, key=lambda point: abs(point.case.context_tokens - TYPICAL))
@@ -37,15 +42,15 @@ def report_tables(report: Report) -> list[Table]:
 
 def headline(report: Report) -> str:
     """What was measured, with a mark on what is not to be quoted."""
-    quick = f"QUICK RUN of {report.repeats}, not to be quoted: " if report.quick else ""
-    runs = "" if report.quick else f"; medians of {report.repeats} runs"
+    quick = f"QUICK RUN, {count(report.repeats, 'run')} each, not to be quoted: " if report.quick else ""
+    runs = "" if report.quick else f"; medians of {count(report.repeats, 'run')}"
     return f"{quick}time to first token, {report.model.source}, {report.model.dtype} on {report.model.device}{runs}"
 
 
 def hardware_line(report: Report) -> str:
     """The machine and the versions, in a sentence."""
     hw, versions = report.hardware, report.versions
-    parts = [f"{hw.cpu}, {hw.cores} cores, {hw.threads} threads"]
+    parts = [f"{hw.cpu}, {count(hw.cores, 'core')}, {count(hw.threads, 'thread')}"]
     if hw.memory_gib is not None:
         parts.append(f"{hw.memory_gib:.0f} GiB")
     if hw.gpu:
@@ -60,7 +65,7 @@ def point_table(report: Report, point: Point) -> Table:
     """One line for each candidate at one case."""
     case = point.case
     table = Table(
-        title=f"{headline(report)}\n{case.context_tokens:,} document tokens ({len(case.document_lengths)} documents) + "
+        title=f"{headline(report)}\n{case.context_tokens:,} tokens of {count(len(case.document_lengths), 'document')} + "
         f"{case.query_tokens} of the query, {case.links} link tokens a document",
         title_justify="left",
     )
@@ -106,7 +111,7 @@ def _parts(breakdown: Breakdown) -> list[str]:
 
 
 def _cell(row: Row, repeats: int) -> str:
-    short = "" if len(row.seconds) >= repeats else f" ({len(row.seconds)} runs)"
+    short = "" if len(row.seconds) >= repeats else f" ({count(len(row.seconds), 'run')})"
     ratios = [_percent(row.of_full)] if row.kind == "linker" else []
     ratios += [_times(row.x_floor)] if row.kind == "linker" else []
     return f"{milliseconds(row.median_s)}{short}" + ("\n" + "; ".join(ratios) if ratios else "")

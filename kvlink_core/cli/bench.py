@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import tempfile
@@ -76,6 +77,8 @@ def bench_ttft(
             "and all output says so.",
             param="repeats",
         )
+    if math.isnan(full_budget):
+        raise ConfigError("--full-budget is a number of seconds, or inf.", param="full_budget")
     cases = _cases(documents, document_tokens, query_tokens, links, context, sweep)
     probe(output)
     if plot is not None:
