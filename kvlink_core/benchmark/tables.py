@@ -63,12 +63,9 @@ def hardware_line(report: Report) -> str:
 
 def point_table(report: Report, point: Point) -> Table:
     """One line for each candidate at one case."""
-    case = point.case
-    table = Table(
-        title=f"{headline(report)}\n{case.context_tokens:,} tokens of {count(len(case.document_lengths), 'document')} + "
-        f"{case.query_tokens} of the query, {case.links} link tokens a document",
-        title_justify="left",
-    )
+    case, documents = point.case, count(len(point.case.document_lengths), "document")
+    what = f"{case.context_tokens:,} tokens of {documents} + {case.query_tokens} of the query"
+    table = Table(title=f"{headline(report)}\n{what}, {case.links} link tokens a document", title_justify="left")
     _columns(table, "candidate", "tokens computed", "runs", "median ms", "least ms", "of full", "x floor", "x stock")
     for row in point.rows:
         table.add_row(
