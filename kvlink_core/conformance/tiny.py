@@ -107,6 +107,8 @@ _MIXED = ["sliding_attention", "full_attention"] * 2
 _EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}},
     "doge": {"keep_window_size": 8},
+    "gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "vaultgemma": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
     "gemma3_text": {"layer_types": _MIXED},
     "gemma3n_text": {"layer_types": _MIXED},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},

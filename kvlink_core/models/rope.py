@@ -6,12 +6,17 @@ applied by the very functions that the model's attention calls, so every RoPE ki
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 
-from kvlink_core.models.key_recipe import KeyRecipe, Recipes
+from kvlink_core.models.key_recipe import KeyRecipe, Recipes, Tables
+from kvlink_core.text import first_line
+
+logger = logging.getLogger(__name__)
 
 #: Bytes of one tensor in between; a core of a current server has a second-level cache of 1 to 2 MiB.
 _CACHE_BYTES = 2**20
@@ -37,6 +42,7 @@ class Rotary:
         for recipe, layers in groupby(enumerate(recipes.layers), key=lambda pair: pair[1]):
             numbers = [number for number, _ in layers]
             self._runs.append((numbers[0], numbers[-1] + 1, recipe))
+        self._fused = _Fused()
 
     @torch.inference_mode()
     def tables(self, positions: torch.Tensor) -> RopeTables:
@@ -64,11 +70,37 @@ class Rotary:
                 if recipe is None or recipe.slot != slot:
                     out[begin:end].copy_(stored[begin:end])
                     continue
+                rotate = _rotate if stored.device.type == "cpu" else self._fused
                 step = _layers_at_once(stored)
                 for first in range(begin, end, step):
                     last = min(first + step, end)
-                    made = recipe.rotated(stored[first:last].float(), tables.sources)
-                    out[first:last].copy_(made if recipe.after is None else recipe.after(made))
+                    rotate(recipe, stored[first:last], tables.sources, out[first:last])
+
+
+def _rotate(recipe: KeyRecipe, keys: torch.Tensor, tables: Tables, out: torch.Tensor) -> None:
+    made = recipe.rotated(keys.float(), tables)
+    out.copy_(made if recipe.after is None else recipe.after(made))
+
+
+class _Fused:
+    """``_rotate`` as one kernel by ``torch.compile``, or as it is where that cannot be had.
+
+    A Triton kernel written for it (rotate and place all documents in one launch) was no faster: docs/benchmarks.md.
+    """
+
+    def __init__(self) -> None:
+        self._compiled: Callable[..., None] | None = torch.compile(_rotate, dynamic=True)
+
+    def __call__(self, recipe: KeyRecipe, keys: torch.Tensor, tables: Tables, out: torch.Tensor) -> None:
+        if self._compiled is not None:
+            try:
+                return self._compiled(recipe, keys, tables, out)
+            # Broad on purpose: without a compiler, or with an operator it does not know, it raises as it likes; what
+            # is asked for is the same either way.
+            except Exception as error:
+                logger.warning("torch.compile cannot fuse the rotation, going on without: %s", first_line(error))
+                self._compiled = None
+        return _rotate(recipe, keys, tables, out)
 
 
 def _layers_at_once(keys: torch.Tensor) -> int:
