@@ -92,6 +92,8 @@ class KeyRecipe:
         other_heads: heads to give it in place of ``OTHER``: none, unless it cannot do with none.
         begin, end: the dimensions of the cached tensor that are rotated.
         after: what the layer applies to the rotated key, e.g. a norm.
+        halves: whether all of the key is rotated, dimension i together with i + dim/2, by a table of cosines and one
+            of sines (the first and the second of its source): found by trial, and of use for speed alone.
     """
 
     slot: Literal["key", "value"]
@@ -106,6 +108,7 @@ class KeyRecipe:
     begin: int
     end: int
     after: torch.nn.Module | None
+    halves: bool = False
 
     def unrotated(self, calls: Sequence[RotationCall], cached: torch.Tensor) -> torch.Tensor:
         """What the layer would cache without RoPE, ``[batch, heads, tokens, dim]``, after a pass with these calls."""
@@ -138,6 +141,21 @@ class KeyRecipe:
 
     def _heads_first(self, x: torch.Tensor) -> torch.Tensor:
         return x.transpose(1, 2) if self.tokens_first else x
+
+
+def rotate_in_halves(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
+    """What most models do, in three passes over memory and none in between; used where a trial showed it to be so.
+
+    Args:
+        keys: float32 ``[layers, heads, n, dim]``.
+        cos, sin: float32 ``[1, n, dim]``.
+        out: as ``keys``, usually a view.
+    """
+    half = keys.shape[-1] // 2
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    torch.mul(keys, cos, out=out)
+    out[..., :half].addcmul_(keys[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(keys[..., :half], sin[..., half:])
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from kvlink_core.models.key_recipe import (
     RotaryModule,
     TableRole,
     TableSource,
+    rotate_in_halves,
 )
 
 #: Enough that no two positions rotate alike by chance.
@@ -162,6 +163,7 @@ class _Match:
     tokens_first: bool
     begin: int
     end: int
+    width: int
     after: torch.nn.Module | None
 
 
@@ -180,7 +182,7 @@ def _matches(
                     for begin in dict.fromkeys((0, target.shape[3] - out.shape[3])):
                         if begin >= 0 and _stands_in(out, target, begin, after):
                             end = begin + out.shape[3]
-                            yield _Match(slot, number, position, tokens_first, begin, end, after)
+                            yield _Match(slot, number, position, tokens_first, begin, end, target.shape[3], after)
 
 
 def _stands_in(out: torch.Tensor, cached: torch.Tensor, begin: int, after: torch.nn.Module | None) -> bool:
@@ -231,7 +233,10 @@ def _recipe(
         end=match.end,
         after=match.after,
     )
-    return recipe if _runs(recipe, watch.sources, call) else replace(recipe, other_heads=1)
+    if not _runs(recipe, watch.sources, call):
+        recipe = replace(recipe, other_heads=1)
+    whole = match.end - match.begin == match.width
+    return replace(recipe, halves=whole and _in_halves(recipe, watch.sources, call))
 
 
 def _runs(recipe: KeyRecipe, sources: Sequence[TableSource], call: RotationCall) -> bool:
@@ -245,3 +250,21 @@ def _runs(recipe: KeyRecipe, sources: Sequence[TableSource], call: RotationCall)
     except RuntimeError:
         return False
     return True
+
+
+def _in_halves(recipe: KeyRecipe, sources: Sequence[TableSource], call: RotationCall) -> bool:
+    """Try whether the recipe does what ``rope.rotate_in_halves`` does, on random keys."""
+    tables = [source.tables(torch.arange(PROBE_TOKENS, device=call.args[0].device)) for source in sources]
+    used = [a for a in recipe.args if isinstance(a, TableRole)]
+    if recipe.after is not None or [a.part for a in used] != [0, 1] or len({a.source for a in used}) != 1:
+        return False
+    cos, sin = tables[used[0].source]
+    if cos.shape != (1, PROBE_TOKENS, recipe.end) or cos.dtype != torch.float32:
+        return False
+    keys = torch.randn(2, 3, PROBE_TOKENS, recipe.end, device=cos.device)
+    expected = recipe.rotated(keys, tables)
+    if expected.shape != keys.shape:
+        return False
+    found = torch.empty_like(keys)
+    rotate_in_halves(keys, cos, sin, found)
+    return bool(torch.allclose(found, expected, rtol=1e-6, atol=1e-6))

@@ -13,7 +13,7 @@ from itertools import groupby
 
 import torch
 
-from kvlink_core.models.key_recipe import KeyRecipe, Recipes, Tables
+from kvlink_core.models.key_recipe import KeyRecipe, Recipes, TableRole, Tables, rotate_in_halves
 from kvlink_core.text import first_line
 
 logger = logging.getLogger(__name__)
@@ -70,11 +70,21 @@ class Rotary:
                 if recipe is None or recipe.slot != slot:
                     out[begin:end].copy_(stored[begin:end])
                     continue
-                rotate = _rotate if stored.device.type == "cpu" else self._fused
+                rotate = _rotate_here if stored.device.type == "cpu" else self._fused
                 step = _layers_at_once(stored)
                 for first in range(begin, end, step):
                     last = min(first + step, end)
                     rotate(recipe, stored[first:last], tables.sources, out[first:last])
+
+
+def _rotate_here(recipe: KeyRecipe, keys: torch.Tensor, tables: Tables, out: torch.Tensor) -> None:
+    """``_rotate`` on a CPU."""
+    if recipe.halves and keys.dtype == out.dtype == torch.float32:
+        source = next(a.source for a in recipe.args if isinstance(a, TableRole))
+        cos, sin = tables[source]
+        rotate_in_halves(keys, cos, sin, out)
+    else:
+        _rotate(recipe, keys, tables, out)
 
 
 def _rotate(recipe: KeyRecipe, keys: torch.Tensor, tables: Tables, out: torch.Tensor) -> None:
