@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -14,6 +15,9 @@ from kvlink_core.benchmark.tables import count
 from kvlink_core.benchmark.ttft import ENOUGH_RUNS, Settings
 from kvlink_core.errors import ConfigError
 from kvlink_core.models import LoadedModel
+
+if TYPE_CHECKING:
+    from kvlink_core.benchmark.precision import PrecisionReport
 
 
 def make_report(
@@ -60,7 +64,7 @@ def make_report(
     )
 
 
-def write_report(report: Report, path: Path) -> None:
+def write_report(report: Report | PrecisionReport, path: Path) -> None:
     """Write the JSON.
 
     Raises:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
+from typing import TYPE_CHECKING
+
 from rich.table import Table
 
 from kvlink_core.benchmark.results import PARTS, Breakdown, Point, Report, Row
+
+if TYPE_CHECKING:
+    from kvlink_core.benchmark.precision import PrecisionReport
 
 #: With more points than this, one table of all takes the place of one for each.
 MOST_DETAILED = 2
@@ -99,6 +105,29 @@ def breakdown_table(report: Report, point: Point) -> Table:
     _columns(table, "linker", *PARTS, "sum", "of the whole")
     for breakdown in point.breakdowns:
         table.add_row(breakdown.label, *_parts(breakdown))
+    return table
+
+
+def precision_table(report: PrecisionReport) -> Table:
+    """One line for each architecture, dtype and linker of ``kvlink bench dtype``."""
+    table = Table(
+        title=f"errors of logits against float32, medians of {report.seeds} models x {report.prompts} prompts: "
+        f"linked over ordinary prefill is to be {report.bound:g} at most",
+        title_justify="left",
+    )
+    _columns(table, "architecture", "dtype", "linker", "attention", "ordinary", "linked", "ratio", "ratio of rms", "")
+    for row in report.rows:
+        table.add_row(
+            row.model_type,
+            row.dtype,
+            row.linker,
+            row.attention,
+            f"{statistics.median(row.ordinary.largest):.1e}",
+            f"{statistics.median(row.linked.largest):.1e}",
+            f"{row.ratio_largest:.2f}",
+            f"{row.ratio_rms:.2f}",
+            "" if row.met else "over",
+        )
     return table
 
 

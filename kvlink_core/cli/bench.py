@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 import tempfile
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
     from kvlink_core.benchmark.results import Case, Report
 
 bench_app = typer.Typer(
-    help="Measure speed: alternating runs in one process, medians and ratios.", no_args_is_help=True
+    help="Measure speed (alternating runs in one process, medians and ratios) and accuracy by dtype.",
+    no_args_is_help=True,
 )
 
 #: Columns for tables that go into a file or a pipe.
@@ -77,8 +77,6 @@ def bench_ttft(
             "and all output says so.",
             param="repeats",
         )
-    if math.isnan(full_budget):
-        raise ConfigError("--full-budget is a number of seconds, or inf.", param="full_budget")
     cases = _cases(documents, document_tokens, query_tokens, links, context, sweep)
     probe(output)
     if plot is not None:
@@ -107,7 +105,7 @@ def bench_ttft(
             )
     report = make_report(
         loaded, model, settings, points, warnings,
-        watch=watch, command=shlex.join(["kvlink", *sys.argv[1:]]), started=started,
+        watch=watch, command=_command(), started=started,
     )  # fmt: skip
     _show(report)
     if output is not None:
@@ -127,6 +125,61 @@ def bench_plot(
 
     check_plot(picture)
     draw(read_report(results), picture)
+
+
+@bench_app.command("dtype")
+def bench_dtype(
+    architectures: Annotated[
+        list[str] | None, typer.Argument(help="Values of model_type; default: all that link exactly.")
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="`bfloat16`, `float16`; repeat. Default: both.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Random models of each architecture.")] = 12,
+    prompts: Annotated[int, typer.Option(min=1, help="Random prompts for each model.")] = 4,
+    output: Annotated[Path | None, typer.Option("--json", help="Write every error here.")] = None,
+) -> None:
+    """Whether linking in bfloat16 and float16 is as accurate as ordinary prefill in the same dtype.
+
+    Errors of logits against float32 with the same rounded weights, on tiny random models; the exit code is 1 when the
+    linked path's is more than 1.5 x that of ordinary prefill anywhere.
+    """
+    from kvlink_core.benchmark.precision import DTYPES, LINKERS, measure_precision, precision_report
+    from kvlink_core.benchmark.report import write_report
+    from kvlink_core.benchmark.tables import precision_table
+    from kvlink_core.models.spec import check_architecture, exact_model_types
+
+    for name in architectures or ():
+        check_architecture(name)
+    if odd := [d for d in dtype or () if d not in DTYPES]:
+        raise ConfigError(f"unknown dtype {odd[0]!r}; use one of {', '.join(DTYPES)}.", param="dtype")
+    probe(output)
+    with progress_bar() as bar:
+        task = bar.add_task("", total=None)
+        rows, failures = measure_precision(
+            list(dict.fromkeys(architectures or exact_model_types())),
+            list(dict.fromkeys(dtype or DTYPES)),
+            seeds=seeds,
+            prompts=prompts,
+            progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total),
+        )
+    report = precision_report(rows, failures, seeds=seeds, prompts=prompts, command=_command())
+    _wide().print(precision_table(report))
+    for name, reason in failures.items():
+        stdout.print(f"note: {name}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    over = sum(not row.met for row in rows)
+    stdout.print(f"{len(rows) - over} of {len(rows)} within {report.bound:g} ({', '.join(LINKERS)})")
+    if output is not None:
+        write_report(report, output)
+    if over:
+        raise typer.Exit(1)
+
+
+def _command() -> str:
+    return shlex.join(["kvlink", *sys.argv[1:]])
+
+
+def _wide() -> Console:
+    """A terminal as it is; what goes into a file or a pipe has room for tables."""
+    return stdout if stdout.is_terminal else Console(emoji=False, width=_WIDTH)
 
 
 def _cases(
@@ -151,7 +204,7 @@ def _cases(
 def _show(report: Report) -> None:
     from kvlink_core.benchmark.tables import hardware_line, report_tables
 
-    wide = stdout if stdout.is_terminal else Console(emoji=False, width=_WIDTH)
+    wide = _wide()
     for table in report_tables(report):
         wide.print(table)
     stdout.print(hardware_line(report), markup=False, highlight=False, soft_wrap=True)

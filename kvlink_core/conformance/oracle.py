@@ -9,20 +9,29 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvlink_core.models.causal_lm import CausalLM
 from kvlink_core.prompt import Prompt
 
-_NAME = "kvlink-oracle"
+#: What is registered below: the modelling code's own plain attention, and torch's fused one.
+_NAMES = {"eager": "kvlink-oracle", "sdpa": "kvlink-oracle-fused"}
 _owners: list[torch.Tensor] = []
 
 
 @torch.inference_mode()
-def oracle_logits(lm: CausalLM, prompt: Prompt, generated: list[int], *, isolate: bool) -> torch.Tensor:
+def oracle_logits(
+    lm: CausalLM,
+    prompt: Prompt,
+    generated: list[int],
+    *,
+    isolate: bool,
+    attention: Literal["eager", "sdpa"] = "eager",
+) -> torch.Tensor:
     """Float32 logits ``[vocabulary]`` after the last of ``generated``, or of the prompt.
 
     Args:
@@ -30,6 +39,8 @@ def oracle_logits(lm: CausalLM, prompt: Prompt, generated: list[int], *, isolate
         prompt: laid out.
         generated: tokens after the prompt.
         isolate: whether a document's tokens see their own document only; else this is full prefill.
+        attention: ``sdpa`` is what most run, and lacks what some models need; models that bring their own attention
+            keep it.
     """
     ids = torch.cat([prompt.token_ids(), torch.tensor(generated, dtype=torch.int64)])
     starts = torch.full((ids.shape[0],), -1)  # by token: where its document starts, or -1
@@ -46,7 +57,7 @@ def oracle_logits(lm: CausalLM, prompt: Prompt, generated: list[int], *, isolate
         mask = torch.zeros(seen.shape, dtype=lm.dtype).masked_fill(~seen, torch.finfo(lm.dtype).min)
         return lm.network(**inputs, attention_mask=mask.to(lm.device)).logits[0, -1].float()  # type: ignore[no-any-return]
     before = lm.network.config._attn_implementation
-    lm.network.set_attn_implementation(_NAME)
+    lm.network.set_attn_implementation(_NAMES[attention])
     _owners.append(starts)
     try:
         return lm.network(**inputs).logits[0, -1].float()  # type: ignore[no-any-return]
@@ -85,5 +96,7 @@ def _attention(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return vars(sys.modules[type(module).__module__])["eager_attention_forward"](module, *args, **kwargs)
 
 
-AttentionInterface.register(_NAME, _attention)
-AttentionMaskInterface.register(_NAME, _mask)
+AttentionInterface.register(_NAMES["eager"], _attention)
+AttentionInterface.register(_NAMES["sdpa"], sdpa_attention_forward)
+for _name in _NAMES.values():
+    AttentionMaskInterface.register(_name, _mask)

@@ -91,7 +91,7 @@ def walk(names: Sequence[str] = (), progress: Callable[[int, int], None] = lambd
         raise InputError(f"transformers {transformers.__version__} has no architecture {odd[0]!r} for causal language.")
     wanted = names or known
     rows = []
-    with _quiet():
+    with quiet():
         for number, name in enumerate(wanted):
             rows.append(judge(name))
             progress(number + 1, len(wanted))
@@ -158,8 +158,8 @@ def _kind(lm: CausalLM) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Tiny configurations break many a rule of thumb that transformers warns about."""
+def quiet() -> Iterator[None]:
+    """Inside, warnings are not heard: tiny configurations break many a rule of thumb that transformers warns about."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     try:

@@ -106,7 +106,6 @@ def test_the_store_may_use_any_codec_there_is(kvlink: Kvlink) -> None:
         (["--skip", "full@many"], "NAME@TOKENS"),
         (["--skip", "full@1", "--skip", "full@2"], "'full' twice"),
         (["--skip", "glue@16000"], "the candidates are full, "),
-        (["--full-budget", "nan"], "--full-budget is a number of seconds"),
         (["--json", "/nowhere/x"], "cannot write to '/nowhere/x'"),
         (["--plot", "/nowhere/x.svg"], "cannot write to '/nowhere/x.svg'"),
         (["--plot", "x.jpeg"], ".svg or .png"),
