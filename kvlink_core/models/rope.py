@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -65,16 +66,45 @@ class Rotary:
             tables: of n positions.
             out_keys, out_values: of the same shapes, usually views; computed in float32 and then cast.
         """
+        place = _place_here if keys.device.type == "cpu" else self._fused
         for begin, end, recipe in self._runs:
-            for slot, stored, out in (("key", keys, out_keys), ("value", values, out_values)):
-                if recipe is None or recipe.slot != slot:
-                    out[begin:end].copy_(stored[begin:end])
-                    continue
-                rotate = _rotate_here if stored.device.type == "cpu" else self._fused
-                step = _layers_at_once(stored)
-                for first in range(begin, end, step):
-                    last = min(first + step, end)
-                    rotate(recipe, stored[first:last], tables.sources, out[first:last])
+            place(
+                recipe, keys[begin:end], values[begin:end], tables.sources, out_keys[begin:end], out_values[begin:end]
+            )
+
+
+def _place(
+    recipe: KeyRecipe | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tables: Tables,
+    out_keys: torch.Tensor,
+    out_values: torch.Tensor,
+) -> None:
+    """What ``Rotary.place`` does, for layers with one recipe."""
+    for slot, stored, out in (("key", keys, out_keys), ("value", values, out_values)):
+        if recipe is None or recipe.slot != slot:
+            out.copy_(stored)
+        else:
+            _rotate(recipe, stored, tables, out)
+
+
+def _place_here(
+    recipe: KeyRecipe | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tables: Tables,
+    out_keys: torch.Tensor,
+    out_values: torch.Tensor,
+) -> None:
+    """``_place`` on a CPU: what rotating writes in between stays in the cache of a core."""
+    for slot, stored, out in (("key", keys, out_keys), ("value", values, out_values)):
+        if recipe is None or recipe.slot != slot:
+            out.copy_(stored)
+            continue
+        step = max(1, _CACHE_BYTES // (4 * stored[0].numel()))
+        for first in range(0, stored.shape[0], step):
+            _rotate_here(recipe, stored[first : first + step], tables, out[first : first + step])
 
 
 def _rotate_here(recipe: KeyRecipe, keys: torch.Tensor, tables: Tables, out: torch.Tensor) -> None:
@@ -93,28 +123,21 @@ def _rotate(recipe: KeyRecipe, keys: torch.Tensor, tables: Tables, out: torch.Te
 
 
 class _Fused:
-    """``_rotate`` as one kernel by ``torch.compile``, or as it is where that cannot be had.
+    """``_place`` as one kernel by ``torch.compile``, or as it is where that cannot be had.
 
     A Triton kernel written for it (rotate and place all documents in one launch) was no faster: docs/benchmarks.md.
     """
 
     def __init__(self) -> None:
-        self._compiled: Callable[..., None] | None = torch.compile(_rotate, dynamic=True)
+        self._compiled: Callable[..., None] | None = torch.compile(_place, dynamic=True)
 
-    def __call__(self, recipe: KeyRecipe, keys: torch.Tensor, tables: Tables, out: torch.Tensor) -> None:
+    def __call__(self, recipe: KeyRecipe | None, *tensors: Any) -> None:
         if self._compiled is not None:
             try:
-                return self._compiled(recipe, keys, tables, out)
+                return self._compiled(recipe, *tensors)
             # Broad on purpose: without a compiler, or with an operator it does not know, it raises as it likes; what
             # is asked for is the same either way.
             except Exception as error:
                 logger.warning("torch.compile cannot fuse the rotation, going on without: %s", first_line(error))
                 self._compiled = None
-        return _rotate(recipe, keys, tables, out)
-
-
-def _layers_at_once(keys: torch.Tensor) -> int:
-    """Rotating writes several tensors in between: on a CPU they should stay in its cache, elsewhere calls are dear."""
-    if keys.device.type != "cpu":
-        return keys.shape[0]
-    return max(1, _CACHE_BYTES // (4 * keys[0].numel()))
+        return _place(recipe, *tensors)
