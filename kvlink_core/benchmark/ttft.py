@@ -126,12 +126,14 @@ def measure(
 
 
 def _names(model: LoadedModel, corpus: Corpus, case: Case, settings: Settings) -> tuple[list[str], list[str]]:
-    """The candidates, and why registered ones are not among them that nobody asked for."""
+    """The candidates, each tried on a short prompt, and why registered ones are not among them."""
     warnings = []
     names = [FULL]
+    trial = Case(context_tokens=8, document_tokens=4, query_tokens=2, links=case.links)
     for name in settings.linkers if settings.linkers is not None else linker_names():
         try:
-            Candidate.make(name, model, corpus, case)
+            candidate = Candidate.make(name, model, corpus, trial)
+            candidate.first_token(partial(corpus.caches, trial))
         except KVLinkError as error:
             if settings.linkers is not None:
                 raise

@@ -65,21 +65,22 @@ def test_a_sweep_with_a_budget_and_a_skip_says_what_it_left_out(kvlink: Kvlink, 
     assert "QUICK RUN, 2 runs each, not to be quoted" in done.stdout
 
 
+@pytest.mark.parametrize("step", ["links", "link"])
 def test_linkers_that_the_model_cannot_run_are_named(
-    kvlink: Kvlink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kvlink: Kvlink, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     from kvlink_core.errors import ConfigError
-    from kvlink_core.linking.reposition import Reposition
+    from kvlink_core.linking.link_tokens import LinkTokensLinker
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise ConfigError("it lacks glue.")
 
-    monkeypatch.setattr(Reposition, "links", refuse)
+    monkeypatch.setattr(LinkTokensLinker, step, refuse)
     arguments = (*TINY, "--documents", "1", "--document-tokens", "9", "--quick", "--no-disk", "--repeats", "1")
     done = kvlink(*arguments, "--no-breakdown")
     assert done.returncode == 0, done.stderr
-    assert "note: reposition was not measured: it lacks glue." in done.stdout
-    refused = kvlink(*arguments, "--linker", "reposition")
+    assert "note: link-tokens was not measured: it lacks glue." in done.stdout
+    refused = kvlink(*arguments, "--linker", "link-tokens")
     assert refused.returncode == 2
     assert "it lacks glue." in refused.stderr
 
