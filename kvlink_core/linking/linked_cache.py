@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class LinkedCache:
         self.keys, self.values = self._slots(prompt.length + reserve)
         self.pending = torch.arange(prompt.length)
         self._placed = torch.zeros(prompt.length, dtype=torch.bool)
+        self._first_layers = 0
 
     def _slots(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory for keys and values, lent until this cache is gone; its views must not outlive it."""
@@ -57,8 +59,13 @@ class LinkedCache:
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens of the prompt that are computed rather than loaded."""
-        return int(self.pending.shape[0])
+        """Tokens of the prompt that are computed rather than loaded.
+
+        A token counts once for all layers: ``compute_first`` adds the prompt's tokens times the share of the layers
+        that it ran, rounded up. It may come to more than the prompt has: pending tokens are computed there as well.
+        """
+        early = -(-self._first_layers * self.prompt.length // self.keys.shape[0])
+        return int(self.pending.shape[0]) + early
 
     @torch.inference_mode()
     def place(self, cache: DocumentCache, start: int, tables: RopeTables) -> None:
@@ -77,9 +84,34 @@ class LinkedCache:
         )  # fmt: skip
         self._placed[start:end] = True
 
-    def seal(self) -> None:
-        """All documents are placed: everything else of the prompt is pending."""
+    def seal(self, recompute: torch.Tensor | None = None) -> None:
+        """All documents are placed: everything else of the prompt is pending.
+
+        Args:
+            recompute: int64 positions that were placed and are to be computed all the same, in any order. Computing a
+                token replaces what was placed for it, in every layer before that layer attends.
+        """
+        if recompute is not None:
+            self._placed[recompute] = False
         self.pending = torch.nonzero(~self._placed).flatten()
+
+    @torch.inference_mode()
+    def compute_first(self, layers: int) -> None:
+        """Run the whole prompt, each token seeing all before it, as far as the keys and values of the first layers.
+
+        They take their slots there, over whatever was placed; the other layers keep theirs. Takes the memory that full
+        prefill takes.
+
+        Args:
+            layers: how many, from 1 to all.
+        """
+        assert 1 <= layers <= self.keys.shape[0]
+        length = self.prompt.length
+        positions = torch.arange(length, device=self.model.device)
+        slots = _Slots(self, positions, length, layers=layers)
+        with suppress(_FirstLayersDone):
+            self.model.lm.compute(self.token_ids.to(self.model.device), positions, length, slots)
+        self._first_layers += layers
 
     @torch.inference_mode()
     def compute(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -98,14 +130,22 @@ class LinkedCache:
         return self.model.lm.compute(token_ids.to(self.model.device), positions, length, slots)
 
 
-class _Slots(DynamicCache):  # type: ignore[misc]  # transformers is untyped
-    """What a forward pass sees of a ``LinkedCache``: writes new keys into their slots, reads all slots so far."""
+class _FirstLayersDone(Exception):
+    """Ends a forward pass of which only the first layers are wanted."""
 
-    def __init__(self, linked: LinkedCache, positions: torch.Tensor, length: int) -> None:
+
+class _Slots(DynamicCache):  # type: ignore[misc]  # transformers is untyped
+    """What a forward pass sees of a ``LinkedCache``: writes new keys into their slots, reads all slots so far.
+
+    With ``layers``, raises ``_FirstLayersDone`` once that many layers have written theirs.
+    """
+
+    def __init__(self, linked: LinkedCache, positions: torch.Tensor, length: int, *, layers: int | None = None) -> None:
         super().__init__()
         self._linked = linked
         self._positions = positions
         self._length = length
+        self._layers = layers
         self._from_nothing = int(positions.shape[0]) == length
 
     def update(
@@ -117,6 +157,8 @@ class _Slots(DynamicCache):  # type: ignore[misc]  # transformers is untyped
         if self._from_nothing:
             keys[:, : self._length] = key_states[0]
             values[:, : self._length] = value_states[0]
+            if layer + 1 == self._layers:
+                raise _FirstLayersDone
             return key_states, value_states
         if self._positions.shape[0] == 1:
             keys[:, self._length - 1] = key_states[0, :, 0]
