@@ -112,7 +112,7 @@ class KeyRecipe:
 
     def unrotated(self, calls: Sequence[RotationCall], cached: torch.Tensor) -> torch.Tensor:
         """What the layer would cache without RoPE, ``[batch, heads, tokens, dim]``, after a pass with these calls."""
-        given = self._heads_first(calls[self.call].args[self.argument])
+        given = self._heads_first(calls[self.call].args[self.argument]).to(cached.dtype)
         if given.shape == cached.shape:
             return given
         given = given.expand(*cached.shape[:-1], -1)

@@ -192,7 +192,7 @@ def _stands_in(out: torch.Tensor, cached: torch.Tensor, begin: int, after: torch
             out = after(out)
         except RuntimeError:  # a norm of another width
             return False
-    return torch.equal(out.expand_as(part), part)
+    return torch.equal(out.expand_as(part).to(part.dtype), part)  # some rotate in float32 and cache in less
 
 
 def _recipe(

@@ -129,15 +129,18 @@ class _Fused:
     """
 
     def __init__(self) -> None:
-        self._compiled: Callable[..., None] | None = torch.compile(_place, dynamic=True)
+        self._compiled: Callable[..., None] | None = None
+        self._usable = True
 
     def __call__(self, recipe: KeyRecipe | None, *tensors: Any) -> None:
-        if self._compiled is not None:
+        if self._usable:
             try:
+                # Not before it is needed: torch imports its compiler for this, which a CPU has no use for.
+                self._compiled = self._compiled or torch.compile(_place, dynamic=True)
                 return self._compiled(recipe, *tensors)
             # Broad on purpose: without a compiler, or with an operator it does not know, it raises as it likes; what
             # is asked for is the same either way.
             except Exception as error:
                 logger.warning("torch.compile cannot fuse the rotation, going on without: %s", first_line(error))
-                self._compiled = None
+                self._usable = False
         return _place(recipe, *tensors)
