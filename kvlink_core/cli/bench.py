@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from kvlink_core.cli.common import Device, Dtype, Model, probe, progress_bar, stderr, stdout
 from kvlink_core.errors import ConfigError
@@ -125,6 +126,35 @@ def bench_plot(
 
     check_plot(picture)
     draw(read_report(results), picture)
+
+
+@bench_app.command("place")
+def bench_place(
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16` or `float16`.")] = "float32",
+    layers: Annotated[int, typer.Option(min=1, help="Layers.")] = 32,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Key/value heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=8, help="Width of a head.")] = 128,
+    documents: Annotated[int, typer.Option(min=1, help="Documents of 500 tokens.")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="Counted runs of each way.")] = 15,
+) -> None:
+    """Ways to rotate keys and write them into their place: plain, as linking does it and, on CUDA, a Triton kernel."""
+    from kvlink_core.benchmark.placing import PlacingCase, measure_placing
+    from kvlink_core.models.describe import DTYPES
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}.", param="dtype")
+    case = PlacingCase(layers=layers, kv_heads=kv_heads, head_dim=head_dim, documents=documents)
+    rows = measure_placing(case, device, DTYPES[dtype], repeats)
+    table = Table(
+        title=f"placing {case.slots:,} tokens, {dtype} on {device}; medians of {repeats}", title_justify="left"
+    )
+    for column in ("way", "ms", "of plain", "difference"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    for row in rows:
+        ratio = row.median / rows[0].median
+        table.add_row(row.name, f"{row.median * 1e3:.3g}", f"{ratio:.2f}", f"{row.difference:.1e}")
+    stdout.print(table)
 
 
 @bench_app.command("dtype")

@@ -1,0 +1,74 @@
+"""One launch that rotates the keys of all documents, in halves, and writes keys and values into their place.
+
+It is here to be measured against ``torch.compile`` of the plain code, and used nowhere else as long as it is no faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+_TOKENS = 64
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _kernel(  # type: ignore[no-untyped-def]
+    keys, values, starts, lengths, block_document, block_first, cos, sin, out_keys, out_values, capacity,
+    DIM: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    document = tl.load(block_document + block)
+    length, start = tl.load(lengths + document), tl.load(starts + document)
+    key = tl.load(keys + document).to(tl.pointer_type(out_keys.dtype.element_ty))
+    value = tl.load(values + document).to(tl.pointer_type(out_keys.dtype.element_ty))
+    half: tl.constexpr = DIM // 2
+    token = tl.load(block_first + block) + tl.arange(0, TOKENS)
+    there = (token < length)[:, None]
+    dim = tl.arange(0, half)[None, :]
+    read = (row * length + token)[:, None] * DIM + dim
+    table = (start + token)[:, None] * DIM + dim
+    write = (row * capacity + start + token)[:, None] * DIM + dim
+    low = tl.load(key + read, mask=there).to(tl.float32)
+    high = tl.load(key + read + half, mask=there).to(tl.float32)
+    turned_low = low * tl.load(cos + table, mask=there) - high * tl.load(sin + table, mask=there)
+    turned_high = high * tl.load(cos + table + half, mask=there) + low * tl.load(sin + table + half, mask=there)
+    tl.store(out_keys + write, turned_low.to(out_keys.dtype.element_ty), mask=there)
+    tl.store(out_keys + write + half, turned_high.to(out_keys.dtype.element_ty), mask=there)
+    tl.store(out_values + write, tl.load(value + read, mask=there), mask=there)
+    tl.store(out_values + write + half, tl.load(value + read + half, mask=there), mask=there)
+
+
+def place_all(
+    documents: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    starts: Sequence[int],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    out_keys: torch.Tensor,
+    out_values: torch.Tensor,
+) -> None:
+    """Place documents.
+
+    Args:
+        documents: keys and values, contiguous ``[layers, kv_heads, tokens, dim]``, in the dtype of the outputs.
+        starts: each document's first slot.
+        cos, sin: float32 ``[1, slots, dim]``.
+        out_keys, out_values: contiguous ``[layers, kv_heads, slots, dim]``.
+    """
+    layers, kv_heads, capacity, dim = out_keys.shape
+    lengths = [keys.shape[2] for keys, _ in documents]
+    blocks = [(d, first) for d, length in enumerate(lengths) for first in range(0, length, _TOKENS)]
+    columns = (
+        [keys.data_ptr() for keys, _ in documents],
+        [values.data_ptr() for _, values in documents],
+        list(starts),
+        lengths,
+        [d for d, _ in blocks],
+        [first for _, first in blocks],
+    )
+    flat = torch.tensor([x for column in columns for x in column]).pin_memory()
+    parts = torch.split(flat.to(out_keys.device, non_blocking=True), [len(column) for column in columns])
+    grid = (len(blocks), layers * kv_heads)
+    _kernel[grid](*parts, cos, sin, out_keys, out_values, capacity, DIM=dim, TOKENS=_TOKENS, num_warps=4)
