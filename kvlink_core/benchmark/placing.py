@@ -1,7 +1,8 @@
 """``kvlink bench place``: ways to rotate documents' keys and write keys and values into their place.
 
-``plain`` is the model's own function as torch runs it, ``as it is`` what linking does on this device (on a CPU layer by
-layer within its cache, on an accelerator fused by ``torch.compile``), ``triton`` one launch of a kernel written for it.
+``plain`` is the model's own function as torch runs it. ``each alone`` places document by document: on a CPU a few
+layers at a time, which stay in its cache, on an accelerator fused by ``torch.compile``. ``all at once`` is what linking
+does: on an accelerator one launch of a Triton kernel where the model rotates in halves, else as ``each alone``.
 """
 
 from __future__ import annotations
@@ -93,13 +94,9 @@ def measure_placing(case: PlacingCase, device: str, dtype: torch.dtype, repeats:
 
     ways: dict[str, Way] = {
         "plain": by(lambda k, v, t, ok, ov: rope._place(recipes.layers[0], k, v, t.sources, ok, ov)),
-        "as it is": by(rotary.place),
+        "each alone": by(rotary.place),
+        "all at once": lambda given, ok, ov: rotary.place_all(given, case.starts, tables, ok, ov),
     }
-    if where.type == "cuda":
-        from kvlink_core.benchmark.placing_triton import place_all
-
-        cos, sin = tables.sources[0]
-        ways["triton"] = lambda given, ok, ov: place_all(given, case.starts, cos, sin, ok, ov)
     out = [torch.zeros(case.layers, case.kv_heads, case.slots, case.head_dim, dtype=dtype, device=where)] * 2
     out[1] = torch.zeros_like(out[0])
     clock = Clock(where)
@@ -135,6 +132,5 @@ def _recipes(case: PlacingCase, device: torch.device) -> Recipes:
         max_position_embeddings=131_072,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
     )
-    lm = random_model(config)
-    lm.network.to(device)
+    lm = random_model(config, device=str(device))
     return replace(lm.recipes, layers=lm.recipes.layers * case.layers, numbers=tuple(range(case.layers)))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from kvlink_core.cli.common import progress_bar, stderr, stdout
+from kvlink_core.cli.common import Device, progress_bar, stderr, stdout
 from kvlink_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def architectures(
     write: Annotated[
         bool, typer.Option("--write", help="Judge all and write the package's table and docs/architectures.md.")
     ] = False,
+    device: Device = "cpu",
 ) -> None:
     """List which architectures link exactly, and why the others are refused.
 
@@ -49,7 +50,7 @@ def architectures(
         raise ConfigError("--write needs a checkout of KVLink; this is an installed package.")
     with progress_bar() as bar:
         task = bar.add_task("judging", total=None)
-        rows = w.walk(wanted, lambda done, total: bar.update(task, completed=done, total=total))
+        rows = w.walk(wanted, lambda done, total: bar.update(task, completed=done, total=total), device=device)
     if write:
         w.TABLE.write_text(w.to_json(rows))
         document.write_text(render(rows, transformers.__version__, STEPS))

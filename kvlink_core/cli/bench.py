@@ -138,7 +138,7 @@ def bench_place(
     documents: Annotated[int, typer.Option(min=1, help="Documents of 500 tokens.")] = 10,
     repeats: Annotated[int, typer.Option(min=1, help="Counted runs of each way.")] = 15,
 ) -> None:
-    """Ways to rotate keys and write them into their place: plain, as linking does it and, on CUDA, a Triton kernel."""
+    """Ways to rotate keys and write them into their place: plain, a document at a time, all at once."""
     from kvlink_core.benchmark.placing import PlacingCase, measure_placing
     from kvlink_core.models.describe import DTYPES
 

@@ -141,17 +141,17 @@ def _tiny(config_class: Any, model_type: str, changes: Mapping[str, Any]) -> Any
     return config_class(**{**fields, **parts, **_EXCEPTIONS.get(model_type, {}), **({} if parts else changes)})
 
 
-def tiny_model(model_type: str, *, seed: int = 0, **changes: Any) -> CausalLM:
-    """A tiny random model of an architecture, in float32 on the CPU.
+def tiny_model(model_type: str, *, seed: int = 0, device: str = "cpu", **changes: Any) -> CausalLM:
+    """A tiny random model of an architecture, in float32.
 
     Raises:
         UnsupportedModelError: the architecture cannot be prepared for linking.
         Exception: whatever transformers raises when it cannot build the architecture at this size.
     """
-    return random_model(tiny_config(model_type, **changes), seed=seed)
+    return random_model(tiny_config(model_type, **changes), seed=seed, device=device)
 
 
-def random_model(config: Any, *, seed: int = 0) -> CausalLM:
+def random_model(config: Any, *, seed: int = 0, device: str = "cpu") -> CausalLM:
     """A model of ``config`` with wide random weights: nearly uniform attention would hide a wrong position.
 
     Raises:
@@ -170,4 +170,4 @@ def random_model(config: Any, *, seed: int = 0) -> CausalLM:
                 parameter.normal_(0, 0.2)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    return prepare(network, masking)
+    return prepare(network.to(device), masking)

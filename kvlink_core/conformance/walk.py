@@ -76,12 +76,18 @@ def model_types() -> tuple[str, ...]:
     return tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
 
-def walk(names: Sequence[str] = (), progress: Callable[[int, int], None] = lambda done, total: None) -> list[Row]:
+def walk(
+    names: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    device: str = "cpu",
+) -> list[Row]:
     """Judge architectures (all, when none is named).
 
     Args:
         names: values of ``model_type``.
         progress: called with (architectures judged, in all).
+        device: where to run them.
 
     Raises:
         InputError: a name that transformers does not have.
@@ -93,12 +99,12 @@ def walk(names: Sequence[str] = (), progress: Callable[[int, int], None] = lambd
     rows = []
     with quiet():
         for number, name in enumerate(wanted):
-            rows.append(judge(name))
+            rows.append(judge(name, device))
             progress(number + 1, len(wanted))
     return rows
 
 
-def judge(model_type: str) -> Row:
+def judge(model_type: str, device: str = "cpu") -> Row:
     """Build an architecture tiny and random, check it against the oracle, and say what came out."""
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
 
@@ -107,7 +113,7 @@ def judge(model_type: str) -> Row:
 
     try:
         spec_from_config(tiny_config(model_type))
-        lm = tiny_model(model_type)
+        lm = tiny_model(model_type, device=device)
     except UnsupportedModelError as error:
         return refused(str(error))
     # Broad on purpose: 189 classes made by others fail to be built tiny in as many ways, and all mean the same here.

@@ -138,7 +138,7 @@ def _grouped(
             attn_mask=block.mask,
             scale=scaling,
         )
-        attended[:, block.begin : block.end] = result.view(1, heads, rows, -1).transpose(1, 2)
+        attended[:, block.begin : block.end] = result.reshape(1, heads, rows, -1).transpose(1, 2)
     return attended
 
 

@@ -110,6 +110,11 @@ class KeyRecipe:
     after: torch.nn.Module | None
     halves: bool = False
 
+    @property
+    def source(self) -> int:
+        """The source of its tables; a recipe uses one."""
+        return next(a.source for a in self.args if isinstance(a, TableRole))
+
     def unrotated(self, calls: Sequence[RotationCall], cached: torch.Tensor) -> torch.Tensor:
         """What the layer would cache without RoPE, ``[batch, heads, tokens, dim]``, after a pass with these calls."""
         given = self._heads_first(calls[self.call].args[self.argument]).to(cached.dtype)

@@ -6,15 +6,16 @@ applied by the very functions that the model's attention calls, so every RoPE ki
 
 from __future__ import annotations
 
+import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 
-from kvlink_core.models.key_recipe import KeyRecipe, Recipes, TableRole, Tables, rotate_in_halves
+from kvlink_core.models.key_recipe import KeyRecipe, Recipes, Tables, rotate_in_halves
 from kvlink_core.text import first_line
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,55 @@ class Rotary:
                 recipe, keys[begin:end], values[begin:end], tables.sources, out_keys[begin:end], out_values[begin:end]
             )
 
+    @torch.inference_mode()
+    def place_all(
+        self,
+        documents: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        starts: Sequence[int],
+        tables: RopeTables,
+        out_keys: torch.Tensor,
+        out_values: torch.Tensor,
+    ) -> None:
+        """``place`` for several documents, each at its own positions; on accelerators in one launch where it can be.
+
+        Args:
+            documents: keys and values of each, as ``place`` takes them.
+            starts: the slot, and so the position, of each one's first token.
+            tables: of positions ``0..slots-1``.
+            out_keys, out_values: ``[layers, heads, slots, dim]``.
+        """
+        fused = _fused_kernel(self._recipes, documents, out_keys, out_values)
+        if fused is not None:
+            for begin, end, recipe in self._runs:
+                assert recipe is not None
+                cos, sin = tables.sources[recipe.source]
+                part = [(keys[begin:end], values[begin:end]) for keys, values in documents]
+                fused(part, starts, cos, sin, out_keys[begin:end], out_values[begin:end])
+            return
+        for (keys, values), start in zip(documents, starts, strict=True):
+            at = slice(start, start + keys.shape[2])
+            self.place(keys, values, tables.slice(at.start, at.stop), out_keys[:, :, at], out_values[:, :, at])
+
+
+def _fused_kernel(
+    recipes: Recipes,
+    documents: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    out_keys: torch.Tensor,
+    out_values: torch.Tensor,
+) -> Callable[..., None] | None:
+    """The kernel that places all documents at once, if this device and these tensors are what it was made for."""
+    tensors = [out_keys, out_values, *(t for pair in documents for t in pair)]
+    if out_keys.device.type != "cuda" or not all(r is not None and r.halves for r in recipes.layers):
+        return None
+    same = recipes.key_dim == recipes.value_dim and all(t.dtype == out_keys.dtype for t in tensors)
+    if not same or not all(t.is_contiguous() and t.device == out_keys.device for t in tensors):
+        return None
+    if recipes.key_dim & (recipes.key_dim - 1) or importlib.util.find_spec("triton") is None:
+        return None
+    from kvlink_core.models.fused_triton import place_all
+
+    return place_all
+
 
 def _place(
     recipe: KeyRecipe | None,
@@ -110,8 +160,7 @@ def _place_here(
 def _rotate_here(recipe: KeyRecipe, keys: torch.Tensor, tables: Tables, out: torch.Tensor) -> None:
     """``_rotate`` on a CPU."""
     if recipe.halves and keys.dtype == out.dtype == torch.float32:
-        source = next(a.source for a in recipe.args if isinstance(a, TableRole))
-        cos, sin = tables[source]
+        cos, sin = tables[recipe.source]
         rotate_in_halves(keys, cos, sin, out)
     else:
         _rotate(recipe, keys, tables, out)
@@ -123,10 +172,7 @@ def _rotate(recipe: KeyRecipe, keys: torch.Tensor, tables: Tables, out: torch.Te
 
 
 class _Fused:
-    """``_place`` as one kernel by ``torch.compile``, or as it is where that cannot be had.
-
-    A Triton kernel written for it (rotate and place all documents in one launch) was no faster: docs/benchmarks.md.
-    """
+    """``_place`` as one kernel by ``torch.compile``, or as it is where that cannot be had."""
 
     def __init__(self) -> None:
         self._compiled: Callable[..., None] | None = None

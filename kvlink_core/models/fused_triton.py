@@ -1,6 +1,7 @@
 """One launch that rotates the keys of all documents, in halves, and writes keys and values into their place.
 
-It is here to be measured against ``torch.compile`` of the plain code, and used nowhere else as long as it is no faster.
+For accelerators, where a call for each document costs more than the work: docs/benchmarks.md has the figures. Imported
+only where there is one, since Triton comes with torch's CUDA build alone.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ def place_all(
     out_keys: torch.Tensor,
     out_values: torch.Tensor,
 ) -> None:
-    """Place documents.
+    """Place some layers of documents.
 
     Args:
-        documents: keys and values, contiguous ``[layers, kv_heads, tokens, dim]``, in the dtype of the outputs.
+        documents: keys and values, each contiguous ``[layers, kv_heads, tokens, dim]``, of the dtype of the outputs.
         starts: each document's first slot.
-        cos, sin: float32 ``[1, slots, dim]``.
+        cos, sin: float32 ``[1, positions, dim]``; row i is of slot i.
         out_keys, out_values: contiguous ``[layers, kv_heads, slots, dim]``.
     """
     layers, kv_heads, capacity, dim = out_keys.shape
