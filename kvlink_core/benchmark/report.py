@@ -70,8 +70,17 @@ def write_report(report: Report | PrecisionReport, path: Path) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
+    write_text(report.model_dump_json(indent=1) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a file.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     try:
-        path.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write to {str(path)!r}: {error.strerror}.") from error
 

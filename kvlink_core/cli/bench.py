@@ -166,6 +166,7 @@ def bench_dtype(
     seeds: Annotated[int, typer.Option(min=1, help="Random models of each architecture.")] = 12,
     prompts: Annotated[int, typer.Option(min=1, help="Random prompts for each model.")] = 4,
     output: Annotated[Path | None, typer.Option("--json", help="Write every error here.")] = None,
+    page: Annotated[Path | None, typer.Option("--markdown", help="Write the table here, for people.")] = None,
 ) -> None:
     """Whether linking in bfloat16 and float16 is as accurate as ordinary prefill in the same dtype.
 
@@ -173,7 +174,8 @@ def bench_dtype(
     linked path's is more than 1.5 x that of ordinary prefill anywhere.
     """
     from kvlink_core.benchmark.precision import DTYPES, LINKERS, measure_precision, precision_report
-    from kvlink_core.benchmark.report import write_report
+    from kvlink_core.benchmark.precision_page import render
+    from kvlink_core.benchmark.report import write_report, write_text
     from kvlink_core.benchmark.tables import precision_table
     from kvlink_core.models.spec import check_architecture, exact_model_types
 
@@ -182,6 +184,7 @@ def bench_dtype(
     if odd := [d for d in dtype or () if d not in DTYPES]:
         raise ConfigError(f"unknown dtype {odd[0]!r}; use one of {', '.join(DTYPES)}.", param="dtype")
     probe(output)
+    probe(page)
     with progress_bar() as bar:
         task = bar.add_task("", total=None)
         rows, failures = measure_precision(
@@ -199,6 +202,8 @@ def bench_dtype(
     stdout.print(f"{len(rows) - over} of {len(rows)} within {report.bound:g} ({', '.join(LINKERS)})")
     if output is not None:
         write_report(report, output)
+    if page is not None:
+        write_text(render(report), page)
     if over:
         raise typer.Exit(1)
 

@@ -82,9 +82,12 @@ def test_a_path_that_is_wrong_misses_the_bound(monkeypatch: pytest.MonkeyPatch) 
 def test_the_command(kvlink: Kvlink, tmp_path: Path) -> None:
     done = kvlink(
         "bench", "dtype", "llama", "--dtype", "float16", "--seeds", "4", "--prompts", "2",
-        "--json", str(tmp_path / "out.json"),
+        "--json", str(tmp_path / "out.json"), "--markdown", str(tmp_path / "out.md"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    page = (tmp_path / "out.md").read_text()
+    assert "**2 of 2 are within 1.5" in page
+    assert "| `llama` | float16 |" in page
     assert "2 of 2 within 1.5 (reposition, link-tokens)" in done.stdout
     report = PrecisionReport.model_validate_json((tmp_path / "out.json").read_text())
     assert [(row.model_type, row.dtype, row.linker) for row in report.rows] == [
