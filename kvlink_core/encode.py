@@ -71,7 +71,7 @@ class DocumentEncoder:
         input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
         for row, token_ids in zip(input_ids, batch, strict=True):
             row[: len(token_ids)] = torch.tensor(token_ids, dtype=torch.int64)
-        cache = model.lm.encode(input_ids=input_ids.to(model.device))
+        cache = model.lm.encode(**self._inputs(input_ids.to(model.device)))
         return [
             DocumentCache(
                 token_ids=input_ids[i, : len(token_ids)].clone(),
@@ -80,3 +80,9 @@ class DocumentEncoder:
             )
             for i, token_ids in enumerate(batch)
         ]
+
+    def _inputs(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        wrap = self.model.description.soft_wrap
+        if wrap is None:
+            return {"input_ids": input_ids}
+        return {"inputs_embeds": wrap.embed(self.model.network.get_input_embeddings(), input_ids)}

@@ -8,7 +8,7 @@ stands what was said from one to the next. Places are counted over all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -23,7 +23,7 @@ from kvlink_core.errors import (
     InputError,
     MisplacedDocumentsError,
 )
-from kvlink_core.template import DocumentTemplate, LinkTokens
+from kvlink_core.template import FIRST_WRAP_ID, DocumentTemplate, LinkTokens, WrapRows
 from kvlink_core.text import is_unicode
 from kvlink_core.tokens import GuardedTokenizer
 from kvlink_core.types import Document, DocumentRef, Message
@@ -74,6 +74,10 @@ class Prompt:
         """All token ids, int64 ``[length]``."""
         return torch.tensor([t for s in self.segments for t in s.token_ids], dtype=torch.int64)
 
+    def unwrapped(self) -> Prompt:
+        """The same prompt without the rows of a soft wrap."""
+        return _laid_out((s.kind, [t for t in s.token_ids if t < FIRST_WRAP_ID], s.document) for s in self.segments)
+
 
 @dataclass(frozen=True, slots=True)
 class Frame:
@@ -98,6 +102,7 @@ class PromptLayout:
         template: how a document becomes text.
         mem_start, mem_end: token ids around the documents of a turn; may be empty.
         link_tokens: the trained link tokens, or ``None`` when the model has none.
+        wrap: the rows of trained embeddings around every document, or ``None`` when the model has none.
 
     Raises:
         ChatTemplateError: the tokenizer has several chat templates, none of them the default.
@@ -113,12 +118,14 @@ class PromptLayout:
         mem_start: tuple[int, ...] = (),
         mem_end: tuple[int, ...] = (),
         link_tokens: LinkTokens | None = None,
+        wrap: WrapRows | None = None,
     ) -> None:
         self.template = template or DocumentTemplate()
         self.documents_in = documents_in
         self.mem_start = mem_start
         self.mem_end = mem_end
         self.link_tokens = link_tokens
+        self.wrap = wrap
         self.end_id: int | None = tokenizer.eos_token_id
         source = chat_template or chat_template_of(tokenizer)
         links = link_tokens.ids if link_tokens else ()
@@ -142,7 +149,7 @@ class PromptLayout:
         return self._tokens.plain(text)
 
     def document_tokens(self, document: Document, place: int | None = None) -> list[int]:
-        """Token ids of a rendered document.
+        """Token ids of a rendered document, wrapped where the model wraps its documents.
 
         Args:
             document: the document.
@@ -160,7 +167,7 @@ class PromptLayout:
             raise EmptyDocumentError(
                 f"document {document.id!r} has no text; leave it out or send its text.", param="documents"
             )
-        return token_ids
+        return token_ids if self.wrap is None else self.wrap.around(token_ids)
 
     def check(self) -> None:
         """Try the chat template on one question with documents.
@@ -282,9 +289,14 @@ class PromptLayout:
             first += count
             runs.append(("mem_end", self.mem_end, None))
         runs.append(("suffix", frame.pieces[-1], None))
-        segments, at = [], 0
-        for kind, token_ids, document in runs:
-            if token_ids:
-                segments.append(Segment(kind, tuple(token_ids), at, document))
-                at += len(token_ids)
-        return Prompt(tuple(segments))
+        return _laid_out(runs)
+
+
+def _laid_out(runs: Iterable[tuple[SegmentKind, Sequence[int], int | None]]) -> Prompt:
+    """Kind, token ids and document of each segment, one after the other; empty ones are left out."""
+    segments, at = [], 0
+    for kind, token_ids, document in runs:
+        if token_ids:
+            segments.append(Segment(kind, tuple(token_ids), at, document))
+            at += len(token_ids)
+    return Prompt(tuple(segments))

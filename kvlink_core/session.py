@@ -168,5 +168,7 @@ class Session:
 
     def _prompt(self, frame: Frame, linker: Linker, documents: Sequence[Sequence[int]]) -> Prompt:
         layout = self.model.layout
+        if layout.wrap is not None and not linker.uses_caches:
+            documents = [layout.wrap.inside(d) for d in documents]
         links = linker.links(layout) if documents else None
         return layout.assemble(frame, documents, links=links)

@@ -1,9 +1,10 @@
-"""How a document becomes text, and which link tokens follow it: the parts of a layout that are values."""
+"""How a document becomes text and what stands around and after it: the parts of a layout that are values."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from kvlink_core.errors import ConfigError, InputError, TooManyDocumentsError
@@ -54,6 +55,27 @@ class LinkTokens:
                 param="documents",
             )
         return self.ids[start : start + self.k]
+
+
+#: Token ids from here on name rows of a model's soft wrap. No vocabulary gets there, and 32 bits hold them.
+FIRST_WRAP_ID = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class WrapRows:
+    """How many trained embeddings stand before and after every document of a model (arXiv 2604.13226)."""
+
+    header: int
+    trailer: int
+
+    def around(self, token_ids: Sequence[int]) -> list[int]:
+        """A document's token ids, wrapped."""
+        middle, end = FIRST_WRAP_ID + self.header, FIRST_WRAP_ID + self.header + self.trailer
+        return [*range(FIRST_WRAP_ID, middle), *token_ids, *range(middle, end)]
+
+    def inside(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """What ``around`` was given."""
+        return token_ids[self.header : len(token_ids) - self.trailer]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,14 @@
-"""What a linker is."""
+"""What a linker is, and what several linkers share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
-from kvlink_core.linking.linked_cache import LinkedCache
+from kvlink_core.errors import ConfigError
+from kvlink_core.linking.linked_cache import WRAPPED, WRAPPED_REMEDY, LinkedCache
 from kvlink_core.models import LoadedModel
 from kvlink_core.prompt import Prompt, PromptLayout
 from kvlink_core.template import LinkTokens
@@ -18,30 +19,42 @@ class Linker(Protocol):
     """A strategy that turns document caches and a prompt into a linked cache (DESIGN section 4).
 
     ``name`` is what users select; ``uses_caches`` is false for a linker that computes everything, so that nothing
-    is loaded for it.
+    is loaded for it. A linker holds its parameters and no state: one is made for each request, and may be shared.
     """
 
-    name: str
-    uses_caches: bool
+    name: ClassVar[str]
+    uses_caches: ClassVar[bool]
 
     def links(self, layout: PromptLayout) -> LinkTokens | None:
         """The link tokens this linker wants after each document, or ``None``.
 
         Raises:
-            ConfigError: the model was not trained with link tokens.
+            ConfigError: the model was not trained for this linker.
         """
         ...
 
     def link(self, model: LoadedModel, prompt: Prompt, caches: Sequence[DocumentCache], *, reserve: int) -> LinkedCache:
         """Place ``caches`` (one per document of the prompt, in order) and say what is left to compute.
 
+        How many tokens this linker computes for the prompt, what it computed in here included, is then the linked
+        cache's ``computed_tokens``.
+
         Args:
             model: the model that made the caches.
             prompt: laid out with ``links``.
             caches: empty when ``uses_caches`` is false. Never written to.
             reserve: slots to keep for the answer.
+
+        Raises:
+            ConfigError: a parameter that this model has no room for.
         """
         ...
+
+
+def refuse_wraps(linker: Linker, layout: PromptLayout) -> None:
+    """Raises ``ConfigError`` where the model wraps its documents: for linkers that were not made for that."""
+    if layout.wrap is not None:
+        raise ConfigError(f"{WRAPPED}, which linker {linker.name!r} does not know; {WRAPPED_REMEDY}", param="linker")
 
 
 def place_at_prompt_positions(
@@ -49,9 +62,6 @@ def place_at_prompt_positions(
 ) -> LinkedCache:
     """Put every cache at its own positions of this prompt; the rest is left to compute."""
     linked = LinkedCache(model, prompt, reserve=reserve)
-    tables = model.rotary.tables(torch.arange(prompt.length, device=model.device))
-    for segment, cache in zip(prompt.documents, caches, strict=True):
-        assert segment.end - segment.start == cache.tokens
-        linked.place(cache, segment.start, tables.slice(segment.start, segment.end))
+    linked.place_all(caches, model.rotary.tables(torch.arange(prompt.length, device=model.device)))
     linked.seal()
     return linked

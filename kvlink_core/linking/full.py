@@ -6,6 +6,8 @@ The upper bound for quality and the baseline for speed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from kvlink_core.linking.linked_cache import LinkedCache
 from kvlink_core.models import LoadedModel
@@ -14,16 +16,17 @@ from kvlink_core.template import LinkTokens
 from kvlink_core.types import DocumentCache
 
 
+@dataclass(frozen=True, slots=True)
 class Full:
     """Full prefill."""
 
-    name = "full"
-    uses_caches = False
+    name: ClassVar[str] = "full"
+    uses_caches: ClassVar[bool] = False
 
     def links(self, layout: PromptLayout) -> LinkTokens | None:
         """None: every document sees all earlier ones anyway."""
         return None
 
     def link(self, model: LoadedModel, prompt: Prompt, caches: Sequence[DocumentCache], *, reserve: int) -> LinkedCache:
-        """Everything is pending."""
-        return LinkedCache(model, prompt, reserve=reserve)
+        """Everything is pending, but for trained embeddings around documents: those stand in for what reuse lacks."""
+        return LinkedCache(model, prompt.unwrapped(), reserve=reserve)

@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
+from kvlink_core.errors import ConfigError
 from kvlink_core.models import LoadedModel
 from kvlink_core.models.memory import view
 from kvlink_core.models.rope import RopeTables
 from kvlink_core.prompt import Prompt
+from kvlink_core.template import FIRST_WRAP_ID
 from kvlink_core.types import DocumentCache
+
+WRAPPED = "this model wraps its documents in trained embeddings"
+WRAPPED_REMEDY = "use the linker 'soft-wrap', or 'full', which leaves them out."
 
 
 class LinkedCache:
@@ -84,16 +90,35 @@ class LinkedCache:
         )  # fmt: skip
         self._placed[start:end] = True
 
-    def seal(self, recompute: torch.Tensor | None = None) -> None:
-        """All documents are placed: everything else of the prompt is pending.
+    @torch.inference_mode()
+    def place_all(self, caches: Sequence[DocumentCache], tables: RopeTables) -> None:
+        """``place`` every document at its own positions of the prompt.
 
         Args:
-            recompute: int64 positions that were placed and are to be computed all the same, in any order. Computing a
-                token replaces what was placed for it, in every layer before that layer attends.
+            caches: of all documents of the prompt, in order.
+            tables: of positions ``0..length-1``.
         """
-        if recompute is not None:
-            self._placed[recompute] = False
+        device = self.keys.device
+        documents = [(cache.keys.to(device), cache.values.to(device)) for cache in caches]
+        starts = []
+        for segment, cache in zip(self.prompt.documents, caches, strict=True):
+            assert segment.end - segment.start == cache.tokens
+            starts.append(segment.start)
+            self._placed[segment.start : segment.end] = True
+        self.model.rotary.place_all(documents, starts, tables, self.keys, self.values)
+
+    def seal(self) -> None:
+        """All documents are placed: everything else of the prompt is pending."""
         self.pending = torch.nonzero(~self._placed).flatten()
+
+    def recompute(self, positions: torch.Tensor) -> None:
+        """Make tokens pending that were placed: once computed, they replace what was placed for them.
+
+        Args:
+            positions: int64 ``[n]`` on the CPU, in any order.
+        """
+        self._placed[positions] = False
+        self.seal()
 
     @torch.inference_mode()
     def compute_first(self, layers: int) -> None:
@@ -104,9 +129,13 @@ class LinkedCache:
 
         Args:
             layers: how many, from 1 to all.
+
+        Raises:
+            ConfigError: as ``compute``.
         """
         assert 1 <= layers <= self.keys.shape[0]
         length = self.prompt.length
+        self._refuse_wraps(self.token_ids)
         positions = torch.arange(length, device=self.model.device)
         slots = _Slots(self, positions, length, layers=layers)
         with suppress(_FirstLayersDone):
@@ -123,11 +152,19 @@ class LinkedCache:
 
         Returns:
             Float32 logits ``[vocabulary]`` after the last token.
+
+        Raises:
+            ConfigError: rows of a soft wrap are among the tokens: they are encoded with their document only.
         """
+        self._refuse_wraps(token_ids)
         length = int(positions[-1]) + 1
         positions = positions.to(self.model.device)
         slots = _Slots(self, positions, length)
         return self.model.lm.compute(token_ids.to(self.model.device), positions, length, slots)
+
+    def _refuse_wraps(self, token_ids: torch.Tensor) -> None:
+        if self.model.layout.wrap is not None and int(token_ids.max()) >= FIRST_WRAP_ID:
+            raise ConfigError(f"{WRAPPED}, and this linker computes them; {WRAPPED_REMEDY}", param="linker")
 
 
 class _FirstLayersDone(Exception):

@@ -6,8 +6,10 @@ KVLink with k = 0 (arXiv 2502.16002), Block-Attention (arXiv 2409.15355), TurboR
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
-from kvlink_core.linking.base import place_at_prompt_positions
+from kvlink_core.linking.base import place_at_prompt_positions, refuse_wraps
 from kvlink_core.linking.linked_cache import LinkedCache
 from kvlink_core.models import LoadedModel
 from kvlink_core.prompt import Prompt, PromptLayout
@@ -15,14 +17,20 @@ from kvlink_core.template import LinkTokens
 from kvlink_core.types import DocumentCache
 
 
+@dataclass(frozen=True, slots=True)
 class Reposition:
     """Re-positioned caches."""
 
-    name = "reposition"
-    uses_caches = True
+    name: ClassVar[str] = "reposition"
+    uses_caches: ClassVar[bool] = True
 
     def links(self, layout: PromptLayout) -> LinkTokens | None:
-        """None."""
+        """None.
+
+        Raises:
+            ConfigError: the model wraps its documents.
+        """
+        refuse_wraps(self, layout)
         return None
 
     def link(self, model: LoadedModel, prompt: Prompt, caches: Sequence[DocumentCache], *, reserve: int) -> LinkedCache:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from kvlink_core.errors import ConfigError, ModelError, ModelNotFoundError
 from kvlink_core.fingerprint import Fingerprint
 from kvlink_core.models.layout_file import LayoutFile, read_layout, read_layout_file, tokenizer_digest
 from kvlink_core.models.shapes import named_shape
+from kvlink_core.models.soft_wrap import SoftWrap, read_soft_wrap
 from kvlink_core.models.spec import ModelSpec, check_architecture, spec_from_config, with_long_rope
 from kvlink_core.prompt import PromptLayout
 from kvlink_core.text import first_line
@@ -38,6 +40,7 @@ class ModelDescription:
         fingerprint: what caches made with this model depend on.
         dtype: dtype of weights and caches.
         default_linker: the linker that suits the model.
+        soft_wrap: the trained embeddings around every document, if the model has some.
     """
 
     name: str
@@ -48,6 +51,7 @@ class ModelDescription:
     fingerprint: Fingerprint
     dtype: torch.dtype
     default_linker: str
+    soft_wrap: SoftWrap | None = None
 
     @property
     def random(self) -> bool:
@@ -84,10 +88,10 @@ def describe_model(source: str, *, device: str = "cpu", dtype: str | None = None
         chosen = DTYPES[dtype or ("float32" if device == "cpu" else "bfloat16")]
         file = read_layout_file(directory).model_copy(update={"name": source, "default_linker": None})
     else:
-        config = _config(directory)
+        file = read_layout_file(directory)
+        config = _config(directory, file)
         raw = json.loads((directory / "config.json").read_bytes())
         chosen = DTYPES[dtype] if dtype else _default_dtype(config, device, directory)
-        file = read_layout_file(directory)
         weights = ""
     check_architecture(config.model_type)
     rope = {k: v for k, v in raw.items() if "rope" in k or "rotary" in k}
@@ -97,6 +101,7 @@ def describe_model(source: str, *, device: str = "cpu", dtype: str | None = None
     if out := [i for i in file.token_ids if not 0 <= i < spec.vocab_size]:
         raise ConfigError(f"kvlink.json names token {out[0]}, and the model's vocabulary has {spec.vocab_size}.")
     layout = read_layout(directory, file)
+    soft_wrap = read_soft_wrap(directory, file.soft_wrap) if file.soft_wrap else None
     return ModelDescription(
         name=file.name or directory.resolve().name,
         directory=directory,
@@ -105,14 +110,16 @@ def describe_model(source: str, *, device: str = "cpu", dtype: str | None = None
         layout=layout,
         fingerprint=Fingerprint(
             model=f"{spec.model_type}-{spec.layers}x{config.get_text_config(decoder=True).hidden_size}-{architecture_digest(raw)[:16]}",
-            weights=weights or weights_digest(directory),
+            weights=weights or weights_digest(weight_files(directory, file)),
             tokenizer=tokenizer_digest(directory),
             rope=json.dumps(rope, sort_keys=True),
             dtype=str(chosen).removeprefix("torch."),
             template=layout.template.to_json(),
+            wrap=soft_wrap.digest if soft_wrap else "",
         ),
         dtype=chosen,
         default_linker=file.linker,
+        soft_wrap=soft_wrap,
     )
 
 
@@ -140,10 +147,15 @@ def architecture_digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def weights_digest(directory: Path) -> str:
-    """SHA-256 over all safetensors files of a directory, in name order, streamed."""
+def weight_files(directory: Path, file: LayoutFile) -> list[Path]:
+    """The safetensors files of a directory that hold the model's weights, in name order."""
+    return sorted(path for path in directory.glob("*.safetensors") if path.name != file.soft_wrap)
+
+
+def weights_digest(files: Sequence[Path]) -> str:
+    """SHA-256 over files and their names, in the order given, streamed."""
     digest = hashlib.sha256()
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in files:
         digest.update(path.name.encode() + b"\0")
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -154,7 +166,7 @@ def _directory(source: str) -> Path:
     return EMBEDDED_DIRECTORY if source == EMBEDDED or source.startswith(RANDOM) else Path(source)
 
 
-def _config(directory: Path) -> Any:
+def _config(directory: Path, file: LayoutFile) -> Any:
     if not (directory / "config.json").is_file():
         raise ModelNotFoundError(
             f"no model at {str(directory)!r}: it has no config.json. Give a Hugging Face directory, or 'embedded'.",
@@ -167,7 +179,7 @@ def _config(directory: Path) -> Any:
             "adapter_config.json.",
             param="model",
         )
-    if not any(directory.glob("*.safetensors")):
+    if not weight_files(directory, file):
         raise ModelNotFoundError(
             f"{str(directory)!r} has no .safetensors file; convert its weights (pickled weights are not read).",
             param="model",

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from transformers import AutoTokenizer
 
 from kvlink_core.errors import ConfigError, ModelError, ModelNotFoundError
+from kvlink_core.models.soft_wrap import read_soft_wrap
 from kvlink_core.presets import PRESETS
 from kvlink_core.prompt import DocumentsIn, PromptLayout
 from kvlink_core.template import DocumentTemplate, LinkTokens
@@ -33,7 +34,8 @@ class LayoutFile(BaseModel):
     """The file's keys; unknown ones are refused. All may be left out: then documents stand, as plain text, at the
     start of the last user turn, and there are no link tokens. ``preset`` names the layout of a published checkpoint;
     the other keys override it. ``long_context`` makes a model of RoPE type "longrope" use its long factors for every
-    prompt, short ones too: documents are then exact beyond the original context.
+    prompt, short ones too: documents are then exact beyond the original context. ``soft_wrap`` names the file, in the
+    same directory, that holds trained embeddings around every document (``models/soft_wrap.py``).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -49,6 +51,7 @@ class LayoutFile(BaseModel):
     link_tokens: _LinkTokensEntry | None = None
     default_linker: str | None = None
     long_context: bool = False
+    soft_wrap: Annotated[str, Field(pattern=r"^[^/\\]+\.safetensors$")] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -68,7 +71,8 @@ class LayoutFile(BaseModel):
     @property
     def linker(self) -> str:
         """The linker that suits the model: the one it names, else the one it was trained for."""
-        return self.default_linker or ("link-tokens" if self.link_tokens else "reposition")
+        trained_for = "soft-wrap" if self.soft_wrap else "link-tokens" if self.link_tokens else "reposition"
+        return self.default_linker or trained_for
 
 
 def read_layout_file(directory: Path) -> LayoutFile:
@@ -92,8 +96,9 @@ def read_layout(directory: Path, file: LayoutFile) -> PromptLayout:
 
     Raises:
         ModelNotFoundError: there is no fast tokenizer.
-        ConfigError: a document template lacks a field or has an unknown one.
-        ModelError: the tokenizer cannot be loaded, or its chat template cannot hold documents as ``file`` says.
+        ConfigError: a document template lacks a field or has an unknown one; the soft wrap is missing or is none.
+        ModelError: the tokenizer or the soft wrap cannot be loaded, or the chat template cannot hold documents as
+            ``file`` says.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -111,6 +116,7 @@ def read_layout(directory: Path, file: LayoutFile) -> PromptLayout:
         mem_start=file.mem_start,
         mem_end=file.mem_end,
         link_tokens=LinkTokens(links.ids, links.k, links.per_place) if links else None,
+        wrap=read_soft_wrap(directory, file.soft_wrap).rows if file.soft_wrap else None,
     )
     layout.check()
     return layout

@@ -103,15 +103,18 @@ def load_model(source: str = EMBEDDED, *, device: str = "cpu", dtype: str | None
 
     Raises:
         ModelNotFoundError: no such directory, or it lacks a file.
-        UnsupportedModelError: the architecture does not link exactly.
-        ConfigError: an unknown dtype, device or key of ``kvlink.json``.
+        UnsupportedModelError: the architecture does not link exactly, or cannot be given the soft wrap that it has.
+        ConfigError: an unknown dtype, device or key of ``kvlink.json``; a soft wrap of another model.
         ModelError: the files are there and cannot be loaded.
     """
     where = _usable(device)
     description = describe_model(source, device=where.type, dtype=dtype)
     attention, masking = attention_of(description.config)
     network = _random(description, attention, where) if description.random else _pretrained(description, attention)
-    return assemble(description, prepare(network.to(where), masking))
+    lm = prepare(network.to(where), masking)
+    if description.soft_wrap is not None:
+        description.soft_wrap.check(lm)
+    return assemble(description, lm)
 
 
 def assemble(description: ModelDescription, lm: CausalLM) -> LoadedModel:
