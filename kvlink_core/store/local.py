@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import IO
 import pyarrow as pa
 
 from kvlink_core.errors import ConfigError, StoreUnavailableError
-from kvlink_core.store.storage import TEMPORARY, Range, Tail, unavailable
+from kvlink_core.store.storage import TEMPORARY, Entry, Range, Tail, unavailable
 
 
 class LocalStorage:
@@ -45,6 +46,51 @@ class LocalStorage:
             except FileNotFoundError:
                 return []
 
+    def entries(self, path: str) -> list[Entry]:
+        """See ``Storage.entries``. Symbolic links are nobody's files here, and are not followed."""
+        found: list[Entry] = []
+        with unavailable(f"cannot list {self.url}/{path}"):
+            for folder, _, names in os.walk(self._root / path, onerror=_unless_missing):
+                for name in names:
+                    file = os.path.join(folder, name)
+                    try:
+                        status = os.lstat(file)
+                    except FileNotFoundError:  # another process was faster
+                        continue
+                    if stat.S_ISREG(status.st_mode):
+                        place = Path(file).relative_to(self._root).as_posix()
+                        found.append(Entry(place, status.st_size, status.st_mtime))
+        return sorted(found, key=lambda e: e.path)
+
+    def modified(self, path: str) -> float | None:
+        """See ``Storage.modified``."""
+        with unavailable(f"cannot look at {self.url}/{path}"):
+            try:
+                return os.lstat(self._root / path).st_mtime
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def now(self) -> float:
+        """See ``Storage.now``. A network file system has a clock of its own, so a file is written to read it."""
+        probe = self._root / f"{TEMPORARY}{uuid.uuid4().hex}"
+        with unavailable(f"cannot write to the store {self.url}"):
+            try:
+                probe.write_bytes(b"")
+                return os.lstat(probe).st_mtime
+            finally:
+                probe.unlink(missing_ok=True)
+
+    def remove(self, path: str) -> None:
+        """See ``Storage.remove``."""
+        with unavailable(f"cannot remove {self.url}/{path}"):
+            (self._root / path).unlink(missing_ok=True)
+
+    def move(self, path: str, to: str) -> None:
+        """See ``Storage.move``."""
+        with unavailable(f"cannot move {self.url}/{path}"):
+            (self._root / to).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self._root / path, self._root / to)
+
     def prepare(self) -> None:
         """See ``Storage.prepare``."""
         with unavailable(f"cannot write to the store {self.url}"):
@@ -62,7 +108,9 @@ class LocalStorage:
         temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:
             with unavailable(f"cannot write to {self.url}/{directory}"):
-                folder.mkdir(exist_ok=True)
+                for level in (*reversed(folder.relative_to(self._root).parents), folder.relative_to(self._root)):
+                    if level.parts:  # never the root itself: where a store was deleted, none is to grow again
+                        (self._root / level).mkdir(exist_ok=True)
                 with open(temporary, "x+b") as file:
                     name = write(file)
                     file.flush()
@@ -120,3 +168,8 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

@@ -18,6 +18,8 @@ FORMAT_VERSION: Final = 1
 FORMAT_KEY = b"kvlink.format"
 MANIFEST_KEY = b"kvlink.manifest"
 FINGERPRINT_KEY = b"kvlink.fingerprint"
+TIMES_KEY = b"kvlink.times"
+SALT_KEY = b"kvlink.salt"
 
 NAMESPACE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 _SHARD_NAME = re.compile(r"[0-9a-f]{64}\.parquet")

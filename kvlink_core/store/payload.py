@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
@@ -65,10 +65,11 @@ def write_payload(
     fingerprint_json: str,
     codec: Codec,
     documents: Sequence[EncodedDocument],
+    extra: Mapping[bytes, bytes] | None = None,
 ) -> str:
     """Write a shard to a file that can be read back, and return the name that it must have.
 
-    The documents are those of the manifest, in its order.
+    The documents are those of the manifest, in its order; ``extra`` is further key-value metadata.
 
     Raises ``CorpusError`` for a document too large for Parquet.
     """
@@ -82,6 +83,7 @@ def write_payload(
         FORMAT_KEY: str(FORMAT_VERSION).encode(),
         MANIFEST_KEY: manifest,
         FINGERPRINT_KEY: fingerprint_json.encode(),
+        **(extra or {}),
     }
     schema = _schema(codec).with_metadata(metadata)
     with pq.ParquetWriter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import tempfile
@@ -12,7 +13,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from kvlink_core.errors import ConfigError, StoreUnavailableError
-from kvlink_core.store.storage import TEMPORARY, Range, Tail, describe, unavailable
+from kvlink_core.store.storage import TEMPORARY, Entry, Range, Tail, describe, unavailable
 
 #: Options as object_store names them, and what s3fs calls the same thing.
 _CREDENTIALS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_SESSION_TOKEN": "token"}
@@ -74,6 +75,53 @@ class S3Storage:
                 return []
             names = (str(name).rstrip("/").rpartition("/")[2] for name in found)
             return sorted(n for n in names if n and not n.startswith(TEMPORARY))
+
+    def entries(self, path: str) -> list[Entry]:
+        """See ``Storage.entries``."""
+        with unavailable(f"cannot list {self.url}/{path}"):
+            try:
+                found = self._fs.find(self._at(path), detail=True, refresh=True)
+            except FileNotFoundError:
+                return []
+            return sorted(
+                (
+                    Entry(str(name).removeprefix(f"{self._root}/"), int(info["size"]), info["LastModified"].timestamp())
+                    for name, info in found.items()
+                    if info["type"] == "file" and not str(name).endswith("/")
+                ),
+                key=lambda e: e.path,
+            )
+
+    def modified(self, path: str) -> float | None:
+        """See ``Storage.modified``."""
+        with unavailable(f"cannot look at {self.url}/{path}"):
+            try:
+                written = self._fs.info(self._at(path), refresh=True).get("LastModified")  # a prefix has none
+            except FileNotFoundError:
+                return None
+            return None if written is None else float(written.timestamp())
+
+    def now(self) -> float:
+        """See ``Storage.now``. S3 tells times in whole seconds."""
+        probe = f"{TEMPORARY}{uuid.uuid4().hex}"
+        with unavailable(f"cannot write to the store {self.url}"):
+            self._fs.pipe_file(self._at(probe), b"")
+            found = self.modified(probe)
+            self._fs.rm_file(self._at(probe))
+        if found is None:
+            raise StoreUnavailableError(f"the store {self.url} does not show what was just written to it.")
+        return found
+
+    def remove(self, path: str) -> None:
+        """See ``Storage.remove``."""
+        with unavailable(f"cannot remove {self.url}/{path}"), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._at(path))
+
+    def move(self, path: str, to: str) -> None:
+        """See ``Storage.move``."""
+        with unavailable(f"cannot move {self.url}/{path}"):
+            self._fs.cp_file(self._at(path), self._at(to))
+            self._fs.rm_file(self._at(path))
 
     def prepare(self) -> None:
         """See ``Storage.prepare``. The bucket must exist; making one needs rights that writers rarely have."""

@@ -39,6 +39,15 @@ class Range:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file as a listing shows it. ``modified`` is in seconds since 1970, by the storage's own clock."""
+
+    path: str
+    size: int
+    modified: float
+
+
 class Storage(Protocol):
     """Files under one root. Paths are relative, with ``/``. Safe to use from several threads.
 
@@ -68,6 +77,32 @@ class Storage(Protocol):
         """Names directly under a directory, unfinished writes left out; empty when there is no such directory.
 
         Raises ``StoreUnavailableError``, also when it is a file.
+        """
+        ...
+
+    def entries(self, path: str) -> list[Entry]:
+        """All regular files under a directory, however deep, unfinished writes included; sorted by path.
+
+        Empty when there is no such directory. Raises ``StoreUnavailableError``.
+        """
+        ...
+
+    def modified(self, path: str) -> float | None:
+        """When a file was written, or ``None`` when there is none. Raises ``StoreUnavailableError``."""
+        ...
+
+    def now(self) -> float:
+        """The time on the clock that ``modified`` is told by. Raises ``StoreUnavailableError``."""
+        ...
+
+    def remove(self, path: str) -> None:
+        """Remove a file; one that is not there is fine. Raises ``StoreUnavailableError``."""
+        ...
+
+    def move(self, path: str, to: str) -> None:
+        """Give a file another path, not necessarily atomically: killed in between, both may be there, never neither.
+
+        Raises ``FileNotFoundError`` or ``StoreUnavailableError``.
         """
         ...
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
-from typing import IO
 
 from kvlink_core.compress import Codec, EncodedDocument, codec_spec, dtype_name, get_codec
 from kvlink_core.errors import (
@@ -29,11 +28,10 @@ from kvlink_core.store.manifest import (
     Manifest,
     check_namespace,
 )
-from kvlink_core.store.payload import write_payload
 from kvlink_core.store.rows import CatalogRow
 from kvlink_core.store.shards import ShardReader
 from kvlink_core.store.storage import Storage, open_storage
-from kvlink_core.store.tokens import write_tokens
+from kvlink_core.store.writing import publish_shard
 from kvlink_core.types import DocumentCache, check_document_id
 
 logger = logging.getLogger(__name__)
@@ -144,13 +142,7 @@ class DocumentStore:
         documents = [self._codec.encode(caches[0]) for _, caches in groups.values()]
         manifest = self._manifest(groups, documents)
         self._write_fingerprint()
-
-        def write(file: IO[bytes]) -> str:
-            name = write_payload(file, manifest.to_bytes(), self.fingerprint.to_json(), self._codec, documents)
-            self._storage.publish("tokens", lambda copy: write_tokens(copy, name, documents))
-            return name
-
-        name = self._storage.publish("shards", write)
+        name = publish_shard(self._storage, manifest, self.fingerprint.to_json(), self._codec, documents)
         now = datetime.now(UTC)
         rows = {
             document_id: CatalogRow(

@@ -47,7 +47,7 @@ def test_concurrent_writers_lose_nothing(local: Place) -> None:
 KILLED = """
 import os, signal, sys
 from store_places import FINGERPRINT, make_cache
-from kvlink_core.store import DocumentStore, store as module
+from kvlink_core.store import DocumentStore, writing as module
 url, when = sys.argv[1:]
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
