@@ -10,6 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
@@ -39,13 +40,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_configs(context: int = 2048) -> dict[str, PreTrainedConfig]:
+def tiny_configs(context: int = 2048, layers: int = 3) -> dict[str, PreTrainedConfig]:
     """A configuration per architecture and RoPE kind; windows smaller than the documents of the tests."""
     size: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": context,
@@ -62,7 +63,13 @@ def tiny_configs(context: int = 2048) -> dict[str, PreTrainedConfig]:
     }  # fmt: skip
     linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
     qwen_window = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+    latent = {
+        "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+        "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+        "n_shared_experts": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+    }  # fmt: skip
     return {
+        "deepseek_v3": DeepseekV3Config(**{**size, **latent}),
         "llama": LlamaConfig(**size),
         "llama-yarn": LlamaConfig(**size, rope_parameters=yarn),
         "llama-llama3": LlamaConfig(**size, rope_parameters=llama3),
