@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from deltalake import DeltaTable, write_deltalake
-from deltalake.exceptions import TableNotFoundError
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
 
 from kvlink_core.errors import StoreNotFoundError, StoreUnavailableError
+from kvlink_core.store.columns import binary_of_hex, read_rows
 from kvlink_core.store.index import INDEX_SCHEMA, CatalogIndex
 from kvlink_core.store.rows import CatalogRow
 from kvlink_core.store.storage import Storage, unavailable
@@ -21,6 +22,10 @@ __all__ = ["Catalog", "CatalogRow"]
 
 DIRECTORY = "catalog"
 PARTITIONS = ["namespace", "fingerprint"]
+
+#: How often a commit is tried that others' removals keep overtaking.
+_ATTEMPTS = 20
+
 SCHEMA = pa.schema(
     [
         ("document_id", pa.string()),
@@ -70,11 +75,9 @@ class Catalog:
         self._namespace, self._fingerprint, self._codec = namespace, fingerprint, codec
         self._lock = threading.Lock()
         self._table: Any = None
-        self._files: frozenset[str] = frozenset()
-        self._index = self._empty_index()
-
-    def _empty_index(self) -> CatalogIndex:
-        return CatalogIndex(self._namespace, self._fingerprint, self._codec)
+        self._files: dict[str, int] = {}  # their numbers in the index
+        self._numbered = 0
+        self._index = CatalogIndex(namespace, fingerprint, codec)
 
     @property
     def index(self) -> CatalogIndex:
@@ -102,24 +105,38 @@ class Catalog:
                     self._table = DeltaTable(self._url, storage_options=self._storage.delta_options)
                 else:
                     self._table.update_incremental()
-                files = self._files_of_partition()
-                if files == self._files:
-                    return False
-                # Files only vanish when the table was compacted or rows were deleted: then all is read anew.
-                fresh = self._files <= files
-                tables = [self._read(path) for path in sorted(files - self._files if fresh else files)]
+                try:
+                    return self._take_in(self._files_of_partition())
+                except FileNotFoundError:  # a reader that slept may find files collected that were long replaced
+                    self._table.update_incremental()
+                    return self._take_in(self._files_of_partition())
         except (StoreUnavailableError, FileNotFoundError) as error:
             if isinstance(error.__cause__, TableNotFoundError):
                 raise StoreNotFoundError(
-                    f"the store {self._storage.url} has no catalog; run precompute, which completes it."
+                    f"the store {self._storage.url} has no catalog. `kvlink store rebuild` makes it from the shards, "
+                    "or run precompute, which completes a new store."
                 ) from error
             if isinstance(error, FileNotFoundError):
-                raise StoreUnavailableError(f"the catalog of {self._storage.url} lacks a file: {error}") from error
+                raise StoreUnavailableError(
+                    f"the catalog of {self._storage.url} lacks a file: {error}. `kvlink store rebuild` mends it."
+                ) from error
             raise
-        index = self._index if fresh else self._empty_index()
-        if tables:
-            index.add(pa.concat_tables(tables))
-        self._index, self._files = index, files
+
+    def _take_in(self, files: frozenset[str]) -> bool:
+        """Make the index that of ``files``, reading those that are new. False when it is already."""
+        if files == self._files.keys():
+            return False
+        added = sorted(files - self._files.keys())
+        removed = self._files.keys() - files
+        with ThreadPoolExecutor(min(8, len(added) or 1), thread_name_prefix="kvlink-catalog") as pool:
+            tables = list(pool.map(self._read, added))
+        numbers = {path: self._numbered + i for i, path in enumerate(added)}
+        self._index.change(
+            {numbers[path]: table for path, table in zip(added, tables, strict=True)},
+            [self._files[path] for path in removed],
+        )
+        self._files = {p: n for p, n in self._files.items() if p not in removed} | numbers
+        self._numbered += len(added)
         return True
 
     def _files_of_partition(self) -> frozenset[str]:
@@ -131,18 +148,20 @@ class Catalog:
         return frozenset(actions.filter(wanted)["path"].to_pylist())
 
     def _read(self, path: str) -> pa.Table:
-        data = self._storage.read(f"{DIRECTORY}/{path}")
-        columns = ["codec", *INDEX_SCHEMA.names]
-        table = pq.read_table(pa.BufferReader(data), columns=columns, partitioning=None)
+        table = read_rows(self._storage.read(f"{DIRECTORY}/{path}"), ["codec", *INDEX_SCHEMA.names])
         table = table.filter(pc.equal(table["codec"], self._codec))
-        digests = [bytes.fromhex(d) for d in table["token_digest"].to_pylist()]
-        converted: Mapping[str, Any] = {
-            "token_digest": pa.array(digests, pa.binary(32)),
+        digests, sound = binary_of_hex(table["token_digest"])
+        columns: Mapping[str, Any] = {
+            "token_digest": digests,
             "shard": table["shard"].combine_chunks().dictionary_encode(),
-            "created_at": table["created_at"].cast(pa.timestamp("us", "UTC")).cast(pa.int64()),
+            "created_at": table["created_at"].cast(pa.int64()),
         }
-        columns_of = {f.name: converted.get(f.name, table[f.name]) for f in INDEX_SCHEMA}
-        return pa.table(columns_of).cast(INDEX_SCHEMA)
+        # A digest that is none belongs to a damaged row, which would not pass its checksum either.
+        return (
+            pa.table({f.name: columns.get(f.name, table[f.name]) for f in INDEX_SCHEMA})
+            .cast(INDEX_SCHEMA)
+            .filter(sound)
+        )
 
     def append(self, rows: Sequence[CatalogRow]) -> int:
         """Commit rows in one atomic step and take them in; the version returned includes them.
@@ -155,7 +174,14 @@ class Catalog:
             if self._table is None:
                 self._refresh()
             with unavailable(f"cannot commit to the catalog of {self._storage.url}"):
-                # To the table that was opened, since writing to an address would make a new one where a store is gone.
-                write_deltalake(self._table, table, mode="append")
+                for attempt in range(_ATTEMPTS):
+                    try:
+                        # To the table that was opened: at an address, a new one would be made where a store is gone.
+                        write_deltalake(self._table, table, mode="append")
+                        break
+                    except CommitFailedError:  # rows were moved or removed meanwhile; nothing was committed
+                        if attempt + 1 == _ATTEMPTS:
+                            raise
+                        self._table.update_incremental()
             self._refresh()
             return self.version

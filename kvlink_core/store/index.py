@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,8 @@ from kvlink_core.store.rows import CatalogRow, from_micros
 logger = logging.getLogger(__name__)
 
 _UInts = npt.NDArray[np.uint64]
+
+_PART = 2**16
 
 #: Columns of the table that ``CatalogIndex.add`` takes. Namespace, fingerprint and codec are the index's own.
 INDEX_SCHEMA = pa.schema(
@@ -44,6 +46,12 @@ class _Sorted:
         order = np.argsort(hashes, kind="stable").astype(np.uint32)
         return cls(hashes[order], order)
 
+    def by_row(self) -> _UInts:
+        """The hashes in the order of the rows."""
+        hashes = np.empty_like(self.hashes)
+        hashes[self.positions] = self.hashes
+        return hashes
+
     def find(self, wanted: _UInts) -> Iterator[int]:
         """Positions of all rows with one of the hashes."""
         left = np.searchsorted(self.hashes, wanted, side="left")
@@ -54,16 +62,23 @@ class _Sorted:
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    table: pa.Table
+    table: pa.Table  # INDEX_SCHEMA and the number of the file that each row is from
     by_id: _Sorted
     by_digest: _Sorted
 
     @classmethod
-    def of(cls, table: pa.Table) -> _Segment:
-        table = table.combine_chunks()
-        digests = b"".join(table.column("token_digest").to_pylist())
-        prefixes = np.frombuffer(digests, dtype=np.uint64).reshape(-1, 4)[:, 0]
-        return cls(table, _Sorted.of(_id_hashes(table.column("document_id").to_pylist())), _Sorted.of(prefixes))
+    def of(cls, table: pa.Table, id_hashes: _UInts | None = None) -> _Segment:
+        table = table.unify_dictionaries().combine_chunks()
+        if id_hashes is None:
+            id_hashes = _hashes_of_column(table.column("document_id"))
+        return cls(table, _Sorted.of(id_hashes), _Sorted.of(_prefixes_of_column(table.column("token_digest"))))
+
+    def without(self, files: npt.NDArray[np.int32]) -> _Segment | None:
+        """The segment less the rows of some files; itself when it has none of them, ``None`` when it has no others."""
+        keep = ~np.isin(self.table.column("file").to_numpy(), files)
+        if keep.all():
+            return self
+        return _Segment.of(self.table.filter(pa.array(keep)), self.by_id.by_row()[keep]) if keep.any() else None
 
 
 class CatalogIndex:
@@ -92,12 +107,30 @@ class CatalogIndex:
 
     def add(self, table: pa.Table) -> None:
         """Add rows, of ``INDEX_SCHEMA``."""
-        if not table.num_rows:
-            return
+        self.change({0: table}, ())
+
+    def change(self, added: Mapping[int, pa.Table], removed: Collection[int]) -> None:
+        """Add the rows of files (by a number of the caller's choice) and drop those of others, in one step.
+
+        So a reader never sees a row gone that only moved to another file. Tables are of ``INDEX_SCHEMA``.
+        """
         segments = list(self._segments)
-        while segments and segments[-1].table.num_rows < 2 * table.num_rows:
-            table = pa.concat_tables([segments.pop().table, table]).unify_dictionaries()
-        self._segments = (*segments, _Segment.of(table))
+        if removed:
+            gone = np.fromiter(removed, dtype=np.int32)
+            segments = [kept for s in segments if (kept := s.without(gone)) is not None]
+        numbered = [
+            table.append_column("file", pa.array(np.full(table.num_rows, number, dtype=np.int32)))
+            for number, table in added.items()
+            if table.num_rows
+        ]
+        if numbered:
+            newest = _Segment.of(pa.concat_tables(numbered))
+            while segments and segments[-1].table.num_rows < 2 * newest.table.num_rows:
+                older = segments.pop()
+                hashes = np.concatenate([older.by_id.by_row(), newest.by_id.by_row()])
+                newest = _Segment.of(pa.concat_tables([older.table, newest.table]), hashes)
+            segments.append(newest)
+        self._segments = tuple(segments)
 
     def by_id(self, document_ids: Iterable[str]) -> dict[str, CatalogRow]:
         """The row that counts of each id that is there."""
@@ -145,3 +178,21 @@ class CatalogIndex:
 def _id_hashes(document_ids: Sequence[str]) -> _UInts:
     hashes = (xxhash.xxh3_64_intdigest(i.encode("utf-8", "surrogatepass")) for i in document_ids)
     return np.fromiter(hashes, dtype=np.uint64, count=len(document_ids))
+
+
+def _hashes_of_column(column: pa.ChunkedArray) -> _UInts:
+    """The same of a column of strings, a part at a time: as Python's objects they are several times as large."""
+    hashes = np.empty(len(column), dtype=np.uint64)
+    for start in range(0, len(column), _PART):
+        part = column.slice(start, _PART).cast(pa.binary()).to_pylist()
+        hashes[start : start + len(part)] = np.fromiter(map(xxhash.xxh3_64_intdigest, part), np.uint64, len(part))
+    return hashes
+
+
+def _prefixes_of_column(column: pa.ChunkedArray) -> _UInts:
+    """The first eight bytes of each token digest, as a number."""
+    parts = [
+        np.frombuffer(c.buffers()[1], dtype=np.uint64).reshape(-1, 4)[c.offset : c.offset + len(c), 0]
+        for c in column.chunks
+    ]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint64)

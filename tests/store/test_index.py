@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_places import Place, make_cache
 
+from kvlink_core.store.columns import binary_of_hex
 from kvlink_core.store.index import INDEX_SCHEMA, CatalogIndex
 from kvlink_core.store.rows import CatalogRow, from_micros, to_micros
 
@@ -62,6 +65,37 @@ def test_it_finds_what_a_dictionary_would(batches: list[list[CatalogRow]]) -> No
     assert index.rows == len(rows)
 
 
+FILES = st.dictionaries(st.integers(0, 9), st.lists(ROWS, max_size=5), max_size=4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(FILES, st.sets(st.integers(0, 9))), max_size=8))
+def test_files_come_and_go(changes: list[tuple[dict[int, list[CatalogRow]], set[int]]]) -> None:
+    """A file that is removed takes its rows along and no others, and what they hid comes back."""
+    index, held = CatalogIndex("default", "f" * 64, "raw"), dict[int, list[CatalogRow]]()
+    for added, removed in changes:
+        added = {n: rows for n, rows in added.items() if n not in held}
+        removed = removed & held.keys()
+        index.change({n: table(rows) for n, rows in added.items()}, removed)
+        held = {n: rows for n, rows in (held | added).items() if n not in removed}
+        newest: dict[str, CatalogRow] = {}
+        for r in sorted((r for rows in held.values() for r in rows), key=lambda r: r.order):
+            newest[r.document_id] = r
+        assert index.by_id("abcdef") == {i: newest[i] for i in "abcdef" if i in newest}
+        assert set(index.by_digest(row("", i, 0).token_digest for i in range(7))) == {
+            r.token_digest for r in newest.values()
+        }
+        assert index.rows == sum(map(len, held.values()))
+
+
+@given(st.lists(st.one_of(st.binary(min_size=32, max_size=32).map(bytes.hex), st.text(max_size=80), st.just("é" * 32))))
+def test_digests_are_turned_or_told_apart(texts: list[str]) -> None:
+    digests, sound = binary_of_hex(pa.chunked_array([texts[:2], texts[2:]], pa.string()))
+    expected = [bytes.fromhex(t) if re.fullmatch("[0-9a-f]{64}", t) else None for t in texts]
+    found = [d if ok else None for d, ok in zip(digests.to_pylist(), sound.to_pylist(), strict=True)]
+    assert found == expected
+
+
 def test_a_document_costs_little_memory() -> None:
     index = CatalogIndex("default", "f" * 64, "raw")
     for start in range(0, 20_000, 500):
@@ -87,3 +121,27 @@ def test_a_damaged_catalog_row_is_ignored(local: Place) -> None:
     damaged = damaged.set_column(damaged.schema.get_field_index("document_id"), "document_id", pa.array(ids))
     pq.write_table(damaged, path)
     assert set(local.open().lookup(["doc-1", "doc-2", "doc-7"])) == {"doc-2"}
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("token_digest", b"no digest"),
+        ("token_digest", b"z" * 64),
+        ("token_digest", b"\xff" * 64),
+        ("document_id", b"\xff\xfe"),
+        ("document_id", None),
+        ("shard", b"\xff"),
+        ("shard", None),
+    ],
+)
+def test_a_row_that_is_not_text_harms_no_other(local: Place, column: str, value: bytes | None) -> None:
+    store = local.open(create=True)
+    store.commit(store.write_shard([("doc-1", make_cache(4, 1)), ("doc-2", make_cache(4, 2))]))
+    (path,) = Path(local.url).glob("catalog/namespace=*/*/*.parquet")
+    damaged = pq.read_table(io.BytesIO(path.read_bytes()), partitioning=None)
+    values = [value, *damaged[column].cast(pa.binary()).to_pylist()[1:]]
+    # Arrow does not look into what it is told to be text, just as it does not when it reads such a file.
+    text = pa.Array.from_buffers(pa.string(), 2, pa.array(values, pa.binary()).buffers())
+    pq.write_table(damaged.set_column(damaged.column_names.index(column), column, text), path)
+    assert set(local.open().lookup(["doc-1", "doc-2"])) == {"doc-2"}
