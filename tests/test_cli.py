@@ -48,7 +48,7 @@ def test_ask(kvlink: Kvlink, tiny_model_dir: Path) -> None:
         (["ask", "Where?", "--model", "MODEL", "--max-tokens", "0"], "max_tokens"),
         (["ask", "Where?", "--model", "MODEL", "--device", "cuda:77"], "cuda:77"),
         (["ask", "x\udcff", "--model", "MODEL"], "surrogate"),
-        (["eval", "worlds", "--model", "MODEL", "--condition", "link-tokens:x"], "whole number"),
+        (["eval", "worlds", "--model", "MODEL", "--condition", "link-tokens:x"], "name:parameter=value"),
         (["eval", "worlds", "--model", "MODEL", "--jsonl", "/nowhere/x"], "cannot write to '/nowhere/x'"),
         (["sample", "/proc/nothing"], "cannot write to '/proc/nothing'"),
     ],

@@ -242,6 +242,8 @@ class _Measurement:
         pending: dict[tuple[int, int], torch.Tensor] = {}
         for candidate in candidates:
             linked = candidate.link(caches)
+            if linked.computed_tokens > candidate.prompt.length:
+                continue  # tokens computed twice: no forward pass over this prompt is as much work
             key = (candidate.prompt.length, linked.computed_tokens)
             groups.setdefault(key, []).append(candidate)
             pending.setdefault(key, linked.pending)

@@ -21,7 +21,9 @@ def ask(
     ] = None,
     store: Annotated[str | None, typer.Option(help="Store to load caches from: a path or an fsspec URL.")] = None,
     namespace: Annotated[str, typer.Option(help="Namespace within the store.")] = "default",
-    linker: Annotated[str | None, typer.Option(help="`full`, `reposition` or `link-tokens`.")] = None,
+    linker: Annotated[
+        str | None, typer.Option(help="E.g. `full`, or with a parameter `epic:k=8`; docs/linkers.md has all.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     model: Model = "embedded",

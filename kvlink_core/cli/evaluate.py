@@ -10,7 +10,6 @@ import typer
 from rich.table import Table
 
 from kvlink_core.cli.common import Device, Model, probe, progress_bar, stdout
-from kvlink_core.errors import ConfigError
 
 eval_app = typer.Typer(help="Measure quality.", no_args_is_help=True)
 
@@ -20,7 +19,7 @@ def eval_worlds(
     questions: Annotated[int, typer.Option(min=1, help="Held-out questions.")] = 2000,
     condition: Annotated[
         list[str] | None,
-        typer.Option(help="A linker, or `link-tokens:K` to use its first K link tokens; repeat. Default: all four."),
+        typer.Option(help="A linker, with parameters or without (`epic:k=8`, `link-tokens:1`); repeat. Default: four."),
     ] = None,
     model: Model = "embedded",
     device: Device = "cpu",
@@ -28,16 +27,16 @@ def eval_worlds(
 ) -> None:
     """Exact match on held-out generated worlds, by linker and kind of question, greedy."""
     from kvlink_core.evaluation.worlds import Condition, accuracy, evaluate
+    from kvlink_core.linking import get_linker
     from kvlink_core.models import load_model
 
     probe(output)
     names = condition or ["full", "link-tokens", "link-tokens:1", "reposition"]
     conditions = []
     for name in names:
-        linker, colon, k = name.partition(":")
-        if colon and not k.isdigit():
-            raise ConfigError(f"condition {name!r}: write LINKER or link-tokens:K with a whole number K.")
-        conditions.append(Condition(linker, int(k) if colon else None))
+        linker, _, k = name.partition(":")
+        conditions.append(Condition(linker, int(k)) if k.isdecimal() else Condition(name))
+        get_linker(conditions[-1].linker)  # refused before the model is loaded
     loaded = load_model(model, device=device)
     with progress_bar() as bar:
         task = bar.add_task("questions", total=questions)
