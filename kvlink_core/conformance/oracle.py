@@ -43,7 +43,7 @@ def oracle_logits(
             keep it.
     """
     ids = torch.cat([prompt.token_ids(), torch.tensor(generated, dtype=torch.int64)])
-    starts = torch.full((ids.shape[0],), -1)  # by token: where its document starts, or -1
+    starts = torch.full((ids.shape[0],), -1, device=lm.device)  # by token: where its document starts, or -1
     if isolate:
         for segment in prompt.documents:
             starts[segment.start : segment.end] = segment.start
@@ -54,8 +54,9 @@ def oracle_logits(
     }
     if lm.masking != "asked":
         seen = _seen(starts, lambda _, __, q, k: k <= q)
-        mask = torch.zeros(seen.shape, dtype=lm.dtype).masked_fill(~seen, torch.finfo(lm.dtype).min)
-        return lm.network(**inputs, attention_mask=mask.to(lm.device)).logits[0, -1].float()  # type: ignore[no-any-return]
+        lowest = torch.finfo(lm.dtype).min
+        mask = torch.zeros(seen.shape, dtype=lm.dtype, device=lm.device).masked_fill(~seen, lowest)
+        return lm.network(**inputs, attention_mask=mask).logits[0, -1].float()  # type: ignore[no-any-return]
     before = lm.network.config._attn_implementation
     lm.network.set_attn_implementation(_NAMES[attention])
     _owners.append(starts)
@@ -68,8 +69,8 @@ def oracle_logits(
 
 def _seen(starts: torch.Tensor, predicate: Callable[..., torch.Tensor]) -> torch.Tensor:
     """Boolean ``[1, 1, tokens, tokens]``."""
-    zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
-    at = torch.arange(starts.shape[0])
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=starts.device)
+    at = torch.arange(starts.shape[0], device=starts.device)
     q, k = at[None, None, :, None], at[None, None, None, :]
     joint = predicate(zero, zero, q, k)
     start = starts[None, None, :, None]
@@ -87,7 +88,7 @@ def _mask(
     device: Any = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor:
-    seen = _seen(_owners[-1], mask_function).to(device)
+    seen = _seen(_owners[-1], mask_function)
     mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
     return mask.expand(batch_size, -1, q_length, kv_length)
 
