@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from transformers import DynamicCache
 from kvlink_core.prompt import Prompt
 
 
+@lru_cache(maxsize=16)
 def mask(prompt: Prompt, extra: int, *, isolate: bool, window: int | None) -> torch.Tensor:
-    """Boolean ``[length, length]`` over the prompt and ``extra`` generated tokens."""
+    """Boolean ``[length, length]`` over the prompt and ``extra`` generated tokens; not to be written to."""
     length = prompt.length + extra
     owner: list[int | None] = [None] * length
     for segment in prompt.segments:
@@ -44,7 +46,9 @@ def logits(network: Any, prompt: Prompt, generated: list[int], *, isolate: bool,
     window = getattr(config, "sliding_window", None)
 
     def additive(window: int | None) -> torch.Tensor:
-        return _additive(mask(prompt, len(generated), isolate=isolate, window=window))
+        ahead = -(-len(generated) // 8) * 8  # one mask for several steps: a smaller one is its corner
+        seen = mask(prompt, ahead, isolate=isolate, window=window)
+        return _additive(seen[: ids.shape[1], : ids.shape[1]])
 
     masks: Any
     if layer_types is None:
