@@ -25,7 +25,7 @@ class AnswerRequest:
     """A conversation, the documents it stands on, and how to answer.
 
     ``documents`` stand where the model's layout puts them; those of a message stand before that message's content.
-    ``linker`` is a registered name, or ``None`` for the model's default.
+    ``linker`` is written as for ``get_linker``, e.g. ``epic:k=8``; ``None`` is the model's default.
     """
 
     messages: Sequence[Message]
