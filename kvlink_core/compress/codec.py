@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
+import numpy as np
 import torch
 
 from kvlink_core.errors import PayloadCorruptError
@@ -69,14 +70,6 @@ class CacheShape:
 
 
 @dataclass(frozen=True, slots=True)
-class ColumnSpec:
-    """One column of a codec and how Parquet is to store it."""
-
-    name: str
-    compression: Literal["NONE", "ZSTD"] = "NONE"
-
-
-@dataclass(frozen=True, slots=True)
 class EncodedColumn:
     """The values of one column, one per layer, laid end to end.
 
@@ -120,18 +113,31 @@ class Codec(Protocol):
         ...
 
     @property
-    def columns(self) -> tuple[ColumnSpec, ...]:
-        """The columns, in the order in which they are stored."""
+    def columns(self) -> tuple[str, ...]:
+        """The names of the columns, in the order in which they are stored."""
+        ...
+
+    def value_bytes(self, shape: CacheShape) -> Mapping[str, tuple[int, int]]:
+        """By column, the fewest and the most bytes that the value of one layer may have in a document of ``shape``.
+
+        Costs nothing, whatever the shape says. Raises ``PayloadCorruptError`` for a dtype that the codec does not take.
+        """
         ...
 
     def encode(self, cache: DocumentCache) -> EncodedDocument:
-        """Encode ``cache``. The result may share memory with it."""
+        """Encode ``cache``, on its device. The result may share memory with it.
+
+        Raises ``InputError`` for a cache that this codec cannot store.
+        """
         ...
 
-    def decode(self, document: EncodedDocument) -> DocumentCache:
-        """Decode ``document``. The result may share memory with it, so it must not be written to.
+    def decode(self, document: EncodedDocument, device: torch.device | None = None) -> DocumentCache:
+        """Decode ``document`` onto ``device`` (``None``: the CPU), to which the bytes travel as small as they are.
 
-        Raises ``PayloadCorruptError`` when columns or parameters do not fit the shape.
+        The result may share memory with it, so it must not be written to.
+
+        Raises ``PayloadCorruptError`` when columns or parameters do not fit the shape, before memory is allocated for
+        what the shape claims.
         """
         ...
 
@@ -141,6 +147,23 @@ def codec_spec(codec: Codec) -> str:
     if not codec.params:
         return codec.name
     return codec.name + ":" + ",".join(f"{key}={codec.params[key]}" for key in sorted(codec.params))
+
+
+def no_document_params(codec: str, document: EncodedDocument) -> None:
+    """Raise ``PayloadCorruptError`` when the document has parameters, of which ``codec`` knows none."""
+    if document.params:
+        raise PayloadCorruptError(f"codec {codec!r} knows no parameters {sorted(document.params)} of a document")
+
+
+def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory for a tensor, its content undefined.
+
+    On the CPU NumPy's, which asks the system for large pages where there are any: the first touch of small ones takes
+    longer than most codecs do.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:

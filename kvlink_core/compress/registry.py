@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from kvlink_core.compress.affine import Affine
 from kvlink_core.compress.codec import Codec, ParamValue
+from kvlink_core.compress.fp8 import Float8
+from kvlink_core.compress.lossless import LosslessCodec
+from kvlink_core.compress.quantised import QuantisedCodec
 from kvlink_core.compress.raw import RawCodec
 from kvlink_core.errors import ConfigError, UnknownCodecError
 
 _FACTORIES: Mapping[str, Callable[[Mapping[str, ParamValue]], Codec]] = {
     "raw": RawCodec.from_params,
+    "lossless": LosslessCodec,
+    "fp8": lambda params: QuantisedCodec("fp8", Float8(), params, group=128),
+    "int8": lambda params: QuantisedCodec("int8", Affine(8), params, group=128),
+    "int4": lambda params: QuantisedCodec("int4", Affine(4), params, group=64),
 }
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from kvlink_core.compress import ColumnSpec
 from kvlink_core.errors import PayloadCorruptError
 from kvlink_core.store.thrift import Reader, integer, items, struct
 
@@ -18,7 +17,7 @@ _MAX_HEADER_BYTES = 512  # without statistics about 30
 _INT32, _BYTE_ARRAY = 1, 6
 _REQUIRED, _OPTIONAL = 0, 1
 _PLAIN, _RLE = 0, 3
-_CODECS = {"NONE": 0, "ZSTD": 6}
+_UNCOMPRESSED = 0
 _DATA_PAGE = 0
 
 #: Fields of ColumnMetaData that a shard may have: type, encodings, path, codec, values, sizes, data page offset, counts
@@ -29,19 +28,18 @@ _ALLOWED_FIELDS = _REQUIRED_FIELDS | {8, 13, 16}
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One column of one row group: where its pages are, and how many bytes they become."""
+    """One column of one row group: where its pages are, and how many values they hold."""
 
     begin: int
     end: int
-    plain: int
     values: int
 
 
-def read_chunks(footer: bytes, columns: Sequence[ColumnSpec]) -> list[list[Chunk]]:
+def read_chunks(footer: bytes, columns: Sequence[str]) -> list[list[Chunk]]:
     """The chunks of every row group, from Parquet's FileMetaData.
 
     ``columns`` are all of the file: an int32, an optional binary, and required binaries. Raises ``PayloadCorruptError``
-    unless the file has exactly these, plainly encoded, compressed as they say, and lying one after the other.
+    unless the file has exactly these, plainly encoded, uncompressed, and lying one after the other.
     """
     reader = Reader(footer)
     file = reader.struct()
@@ -51,55 +49,54 @@ def read_chunks(footer: bytes, columns: Sequence[ColumnSpec]) -> list[list[Chunk
     return [_chunks(struct(group), columns) for group in items(file, 4)]
 
 
-def _check_schema(leaves: Sequence[dict[int, object]], columns: Sequence[ColumnSpec]) -> None:
+def _check_schema(leaves: Sequence[dict[int, object]], columns: Sequence[str]) -> None:
     found = [(leaf.get(4), leaf.get(1), leaf.get(3)) for leaf in leaves]
     wanted = [
-        (c.name.encode(), _INT32 if i == 0 else _BYTE_ARRAY, _OPTIONAL if i == 1 else _REQUIRED)
-        for i, c in enumerate(columns)
+        (name.encode(), _INT32 if i == 0 else _BYTE_ARRAY, _OPTIONAL if i == 1 else _REQUIRED)
+        for i, name in enumerate(columns)
     ]
     if found != wanted or any(leaf.get(5) for leaf in leaves):
         raise PayloadCorruptError("its columns are not those of its codec")
 
 
-def _chunks(group: dict[int, object], columns: Sequence[ColumnSpec]) -> list[Chunk]:
+def _chunks(group: dict[int, object], columns: Sequence[str]) -> list[Chunk]:
     rows, found = integer(group, 3), [struct(c) for c in items(group, 1)]
     chunks: list[Chunk] = []
     if len(found) != len(columns):
         raise PayloadCorruptError("a row group has too few or too many columns")
-    for index, (spec, column) in enumerate(zip(columns, found, strict=True)):
+    for index, (name, column) in enumerate(zip(columns, found, strict=True)):
         meta = struct(column.get(3))
         sound = (
             1 not in column  # a path of another file
             and _REQUIRED_FIELDS <= set(meta) <= _ALLOWED_FIELDS
             and meta[1] == (_INT32 if index == 0 else _BYTE_ARRAY)
             and set(items(meta, 2)) <= {_PLAIN, _RLE}
-            and meta[3] == [spec.name.encode()]
-            and meta[4] == _CODECS[spec.compression]
+            and meta[3] == [name.encode()]
+            and meta[4] == _UNCOMPRESSED
             and meta[5] == rows
         )
         begin, stored, plain = integer(meta, 9), integer(meta, 7), integer(meta, 6)
-        if not sound or begin < 4 or stored <= 0 or plain <= 0 or (chunks and chunks[-1].end != begin):
-            raise PayloadCorruptError(f"column {spec.name!r} is not stored as its codec says")
-        chunks.append(Chunk(begin, begin + stored, plain, rows))
+        if not sound or begin < 4 or not 0 < stored == plain or (chunks and chunks[-1].end != begin):
+            raise PayloadCorruptError(f"column {name!r} is not stored as it must be")
+        chunks.append(Chunk(begin, begin + stored, rows))
     return chunks
 
 
 def check_pages(source: pa.NativeFile, chunk: Chunk) -> None:
     """Walk the page headers of ``chunk`` in ``source``.
 
-    Raises ``PayloadCorruptError`` unless they fill it exactly, are version 1 data pages, have its number of values in
-    all and claim to become exactly the bytes that the footer says.
+    Raises ``PayloadCorruptError`` unless they fill it exactly, are uncompressed data pages of version 1, and have its
+    number of values in all.
     """
-    at, values, claimed = chunk.begin, 0, 0
+    at, values = chunk.begin, 0
     while at < chunk.end:
         source.seek(at)
         reader = Reader(bytes(source.read(min(_MAX_HEADER_BYTES, chunk.end - at))))
         header = reader.struct()
         kind, plain, stored = (integer(header, number) for number in (1, 2, 3))
-        if kind != _DATA_PAGE or plain < 0 or stored < 0:
-            raise PayloadCorruptError("a page is not a data page")
+        if kind != _DATA_PAGE or not 0 <= stored == plain:
+            raise PayloadCorruptError("a page is not an uncompressed data page")
         values += integer(struct(header.get(5)), 1)
         at += reader.position + stored
-        claimed += reader.position + plain
-    if at != chunk.end or values != chunk.values or claimed != chunk.plain:
+    if at != chunk.end or values != chunk.values:
         raise PayloadCorruptError("pages do not add up to their column")

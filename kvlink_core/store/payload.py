@@ -11,7 +11,7 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kvlink_core.compress import Codec, ColumnSpec, EncodedColumn, EncodedDocument, codec_spec, make_codec
+from kvlink_core.compress import Codec, EncodedColumn, EncodedDocument, codec_spec, make_codec
 from kvlink_core.errors import (
     CorpusError,
     FormatVersionError,
@@ -89,7 +89,7 @@ def write_payload(
     with pq.ParquetWriter(
         sink,
         schema,
-        compression={"layer": "NONE", "token_ids": "NONE", **{c.name: c.compression for c in codec.columns}},
+        compression="NONE",
         use_dictionary=False,
         write_statistics=False,
         # One page for all layers of a column reads fastest; a page's length is a 31-bit number, though.
@@ -99,7 +99,7 @@ def write_payload(
             layers = document.shape.layers
             tokens = [token_bytes(document.token_ids.tolist())] + [None] * (layers - 1)
             arrays = [pa.array(range(layers), pa.int32()), pa.array(tokens, pa.large_binary())]
-            arrays += [array_of_column(document.columns[c.name]) for c in codec.columns]
+            arrays += [array_of_column(document.columns[name]) for name in codec.columns]
             writer.write_table(pa.table(arrays, schema=schema), row_group_size=layers)
     size = sink.tell()
     sink.seek(size - 8)
@@ -115,11 +115,11 @@ def _schema(codec: Codec) -> pa.Schema:
         pa.field("layer", pa.int32(), nullable=False),
         pa.field("token_ids", pa.large_binary(), nullable=True),
     ]
-    return pa.schema(fields + [pa.field(c.name, pa.large_binary(), nullable=False) for c in codec.columns])
+    return pa.schema(fields + [pa.field(name, pa.large_binary(), nullable=False) for name in codec.columns])
 
 
-def _columns(codec: Codec) -> list[ColumnSpec]:
-    return [ColumnSpec("layer"), ColumnSpec("token_ids"), *codec.columns]
+def _columns(codec: Codec) -> list[str]:
+    return ["layer", "token_ids", *codec.columns]
 
 
 @contextmanager
@@ -183,6 +183,8 @@ def parse_footer(shard: str, tail: bytes, size: int | None) -> Footer:
             codec = make_codec(manifest.codec.name, manifest.codec.params)
         except UnknownCodecError as error:
             raise FormatVersionError(f"shard {shard}: {error}") from error
+        if dict(codec.params) != manifest.codec.params:  # a default may have been another when this was written
+            raise PayloadCorruptError(f"shard {shard}: its codec's parameters are not all there")
         chunks = read_chunks(footer[:-8], _columns(codec))
         if len(chunks) != len(manifest.documents):
             raise PayloadCorruptError(f"shard {shard}: not as many row groups as documents")
@@ -214,14 +216,15 @@ def locate(footer: Footer, row_group: int) -> tuple[int, int]:
     """
     manifest, entry, chunks = footer.manifest, footer.manifest.documents[row_group], footer.chunks[row_group]
     columns = footer.codec.columns
-    ok = set(entry.columns) == {c.name for c in columns} and all(c.values == manifest.layers for c in chunks)
+    ok = set(entry.columns) == set(columns) and all(c.values == manifest.layers for c in chunks)
     if ok:
-        sizes = [4 * manifest.layers, 4 * entry.tokens, *(entry.columns[c.name].bytes for c in columns)]
+        limits = footer.codec.value_bytes(manifest.shape(entry))
+        stated = {name: entry.columns[name].bytes for name in columns}
+        sizes = [4 * manifest.layers, 4 * entry.tokens, *stated.values()]
         slack = _CHUNK_SLACK + _VALUE_SLACK * manifest.layers
-        # Compressed data that is larger than plain by more than a little is no compressor's doing.
-        ok = all(
-            size <= chunk.plain <= size + slack and chunk.end - chunk.begin <= chunk.plain + slack
-            for size, chunk in zip(sizes, chunks, strict=True)
+        ok = all(size <= c.end - c.begin <= size + slack for size, c in zip(sizes, chunks, strict=True)) and all(
+            manifest.layers * limits[name][0] <= size <= manifest.layers * limits[name][1]
+            for name, size in stated.items()
         )
     begin, end = chunks[0].begin, chunks[-1].end
     if not ok or (footer.data_end is not None and end > footer.data_end):
@@ -239,8 +242,8 @@ class PayloadFile:
 
     def read(self, row_group: int, columns: list[str]) -> pa.Table:
         """The columns of one document that ``locate`` has accepted; whatever goes wrong is raised as it comes."""
-        for spec, chunk in zip(_columns(self.footer.codec), self.footer.chunks[row_group], strict=True):
-            if spec.name in columns:
+        for name, chunk in zip(_columns(self.footer.codec), self.footer.chunks[row_group], strict=True):
+            if name in columns:
                 check_pages(self._source, chunk)
         if self._parquet is None:
             self._parquet = pq.ParquetFile(self._source, metadata=self.footer.metadata)
@@ -257,7 +260,7 @@ def read_document(file: PayloadFile, row_group: int, *, verify: bool) -> Encoded
     bytes that do not match their checksum.
     """
     footer = file.footer
-    names = [c.name for c in footer.codec.columns]
+    names = list(footer.codec.columns)
     entry = footer.manifest.documents[row_group]
     with corrupt(footer.shard):
         table = file.read(row_group, ["token_ids", *names])

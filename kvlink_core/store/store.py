@@ -200,11 +200,11 @@ class DocumentStore:
                     tokens=document.shape.tokens,
                     params=dict(document.params),
                     columns={
-                        c.name: ColumnEntry(
-                            bytes=document.columns[c.name].data.numel(),
-                            checksum=checksum(document.columns[c.name].data),
+                        name: ColumnEntry(
+                            bytes=document.columns[name].data.numel(),
+                            checksum=checksum(document.columns[name].data),
                         )
-                        for c in self._codec.columns
+                        for name in self._codec.columns
                     },
                 )
                 for (digest, (ids, _)), document in zip(groups.items(), documents, strict=True)

@@ -66,12 +66,40 @@ def test_raw_refuses_what_does_not_fit_the_shape() -> None:
 
 
 def test_codecs_are_found_by_name() -> None:
-    assert codec_names() == ("raw",)
+    assert codec_names() == ("fp8", "int4", "int8", "lossless", "raw")
     assert codec_spec(get_codec("raw")) == "raw"
-    with pytest.raises(UnknownCodecError, match="there are: raw"):
+    assert codec_spec(get_codec("int4")) == "int4:group=64,keys=channel,zstd=0"
+    assert codec_spec(get_codec("fp8:zstd=3,keys=token")) == "fp8:group=128,keys=token,zstd=3"
+    assert codec_spec(get_codec("lossless")) == "lossless:zstd=1"
+    for name in codec_names():
+        assert codec_spec(get_codec(codec_spec(get_codec(name)))) == codec_spec(get_codec(name))
+        assert make_codec(name, get_codec(name).params).params == get_codec(name).params
+    with pytest.raises(UnknownCodecError, match="there are: fp8, int4, int8, lossless, raw"):
         get_codec("zip")
     with pytest.raises(UnknownCodecError):
         make_codec("", {})
     for spec in ("raw:group=3", "raw:x", "raw:=3", "raw:a=1,a=2", "raw:,"):
         with pytest.raises(ConfigError):
             get_codec(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("int4:grup=64", "has no parameter 'grup'; it has group, keys, zstd"),
+        ("int4:group=0", "group is a whole number from 1 to 65536, not 0"),
+        ("int8:group=65537", "not 65537"),
+        ("int8:group=64.0", "not 64.0"),
+        ("fp8:group=True", "not True"),
+        ("fp8:group=nan", "not nan"),
+        ("fp8:keys=rows", "keys is one of channel, token, not 'rows'"),
+        ("int4:zstd=23", "zstd is a whole number from 0 to 22, not 23"),
+        ("lossless:zstd=-1", "not -1"),
+        ("lossless:group=64", "it has zstd"),
+        ("raw:zstd=1", "it has none"),
+    ],
+)
+def test_a_parameter_that_cannot_be_is_named(spec: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        get_codec(spec)
+    assert caught.value.param == "codec"

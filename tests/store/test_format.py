@@ -182,7 +182,7 @@ def wrong(**changes: Any) -> dict[str, Any]:
         pytest.param(wrong(format=2), PayloadCorruptError, id="two versions"),
         pytest.param(wrong(surprise=1), PayloadCorruptError, id="unknown field"),
         pytest.param(wrong(checksum="crc32"), PayloadCorruptError, id="unknown checksum"),
-        pytest.param(wrong(codec={"name": "int4", "params": {}}), FormatVersionError, id="unknown codec"),
+        pytest.param(wrong(codec={"name": "int5", "params": {}}), FormatVersionError, id="unknown codec"),
         pytest.param(wrong(codec={"name": "raw", "params": {"a": 1}}), PayloadCorruptError, id="codec parameters"),
         pytest.param(wrong(namespace="theirs"), PayloadForeignError, id="namespace"),
         pytest.param(wrong(namespace="../up"), PayloadCorruptError, id="bad namespace"),

@@ -1,0 +1,67 @@
+"""The parameters of a codec, checked one by one, whether a user wrote them or a shard claims them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvlink_core.compress.codec import ParamValue
+from kvlink_core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A whole number within limits."""
+
+    default: int
+    least: int
+    most: int
+
+    def accepts(self, value: ParamValue) -> bool:
+        """Whether ``value`` is one; neither a float nor a truth value is."""
+        return type(value) is int and self.least <= value <= self.most
+
+    def __str__(self) -> str:
+        return f"a whole number from {self.least} to {self.most}"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of a few words, the first of which is the default."""
+
+    options: tuple[str, ...]
+
+    @property
+    def default(self) -> str:
+        """What holds when nothing is said."""
+        return self.options[0]
+
+    def accepts(self, value: ParamValue) -> bool:
+        """Whether ``value`` is one of them."""
+        return value in self.options
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.options)}"
+
+
+Rule = Whole | Choice
+
+#: How hard to try with zstd after the codec's own work; 0 for not at all.
+ZSTD_OFF = Whole(0, 0, 22)
+ZSTD_ON = Whole(1, 0, 22)
+
+
+def check_params(codec: str, given: Mapping[str, ParamValue], rules: Mapping[str, Rule]) -> dict[str, ParamValue]:
+    """All parameters of ``codec``: those ``given``, and the defaults of the others.
+
+    Raises:
+        ConfigError: one that the codec does not have, or a value that its rule does not accept.
+    """
+    if unknown := sorted(set(given) - set(rules)):
+        has = f"has {', '.join(sorted(rules))}" if rules else "has none"
+        raise ConfigError(f"codec {codec!r} has no parameter {unknown[0][:60]!r}; it {has}.", param="codec")
+    for name, value in given.items():
+        if not rules[name].accepts(value):
+            shown = repr(value)[:60]
+            raise ConfigError(f"codec {codec!r}: {name} is {rules[name]}, not {shown}.", param="codec")
+    return {name: given.get(name, rule.default) for name, rule in sorted(rules.items())}
