@@ -14,6 +14,7 @@ from kvlink_core.cli.bench import bench_app
 from kvlink_core.cli.common import stderr, stdout
 from kvlink_core.cli.evaluate import eval_app
 from kvlink_core.cli.sample import sample
+from kvlink_core.cli.store import store_app
 from kvlink_core.errors import KVLinkError
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
+app.add_typer(store_app, name="store")
 app.command()(ask)
 app.command()(sample)
 app.command()(architectures)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,6 +25,12 @@ PARTITIONS = ["namespace", "fingerprint"]
 
 #: How often a commit is tried that others' removals keep overtaking.
 _ATTEMPTS = 20
+
+#: Catalog files fetched at a time.
+_FETCHES = 8
+
+#: After as many rows were read, memory that is free again is given back.
+_MANY_ROWS = 2**16
 
 SCHEMA = pa.schema(
     [
@@ -64,6 +70,17 @@ def _exists(url: str, options: dict[str, str]) -> bool:
     except TableNotFoundError:
         return False
     return True
+
+
+def fetch(storage: Storage, paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Each catalog file and its content. Some are fetched ahead, since a bucket answers late, but few, to hold little.
+
+    Raises ``FileNotFoundError`` or ``StoreUnavailableError``.
+    """
+    with ThreadPoolExecutor(_FETCHES, thread_name_prefix="kvlink-catalog") as pool:
+        for start in range(0, len(paths), _FETCHES):
+            batch = paths[start : start + _FETCHES]
+            yield from zip(batch, pool.map(storage.read, [f"{DIRECTORY}/{path}" for path in batch]), strict=True)
 
 
 class Catalog:
@@ -128,13 +145,12 @@ class Catalog:
             return False
         added = sorted(files - self._files.keys())
         removed = self._files.keys() - files
-        with ThreadPoolExecutor(min(8, len(added) or 1), thread_name_prefix="kvlink-catalog") as pool:
-            tables = list(pool.map(self._read, added))
         numbers = {path: self._numbered + i for i, path in enumerate(added)}
-        self._index.change(
-            {numbers[path]: table for path, table in zip(added, tables, strict=True)},
-            [self._files[path] for path in removed],
-        )
+        tables = {numbers[path]: self._rows(data) for path, data in fetch(self._storage, added)}
+        self._index.change(tables, [self._files[path] for path in removed])
+        if sum(table.num_rows for table in tables.values()) >= _MANY_ROWS:
+            del tables
+            pa.default_memory_pool().release_unused()
         self._files = {p: n for p, n in self._files.items() if p not in removed} | numbers
         self._numbered += len(added)
         return True
@@ -147,8 +163,8 @@ class Catalog:
         )
         return frozenset(actions.filter(wanted)["path"].to_pylist())
 
-    def _read(self, path: str) -> pa.Table:
-        table = read_rows(self._storage.read(f"{DIRECTORY}/{path}"), ["codec", *INDEX_SCHEMA.names])
+    def _rows(self, data: bytes) -> pa.Table:
+        table = read_rows(data, ["codec", *INDEX_SCHEMA.names])
         table = table.filter(pc.equal(table["codec"], self._codec))
         digests, sound = binary_of_hex(table["token_digest"])
         columns: Mapping[str, Any] = {

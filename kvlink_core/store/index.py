@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 _UInts = npt.NDArray[np.uint64]
 
-_PART = 2**16
+_PART = 2**13
 
 #: Columns of the table that ``CatalogIndex.add`` takes. Namespace, fingerprint and codec are the index's own.
 INDEX_SCHEMA = pa.schema(

@@ -80,8 +80,13 @@ def fingerprints(storage: Storage) -> list[str]:
 
 def add_fingerprint(storage: Storage, fingerprint: Fingerprint) -> None:
     """Write down the fields of ``fingerprint``."""
-    data = fingerprint.to_json().encode()
-    storage.publish("fingerprints", lambda file: _write(file, f"{fingerprint.digest}.json", data))
+    add_fingerprint_json(storage, fingerprint.to_json())
+
+
+def add_fingerprint_json(storage: Storage, text: str) -> None:
+    """The same, of a fingerprint's canonical JSON, which may be of another version than this one's."""
+    data = text.encode()
+    storage.publish("fingerprints", lambda file: _write(file, f"{hashlib.sha256(data).hexdigest()}.json", data))
 
 
 def only_fingerprint(storage: Storage) -> Fingerprint:
@@ -92,10 +97,10 @@ def only_fingerprint(storage: Storage) -> Fingerprint:
             f"the store {storage.url} holds caches of {len(held)} models; say which by giving a fingerprint.",
             param="fingerprint",
         )
-    try:
-        return _read_fingerprint(storage, held[0])
-    except (ValueError, TypeError, RecursionError, FileNotFoundError) as error:
-        raise StoreUnavailableError(f"{storage.url}/fingerprints/{held[0]}.json is damaged.") from error
+    found = read_fingerprint(storage, held[0])
+    if found is None:
+        raise StoreUnavailableError(f"{storage.url}/fingerprints/{held[0]}.json is damaged.")
+    return found
 
 
 def _read_fingerprint(storage: Storage, digest: str) -> Fingerprint:
@@ -103,6 +108,17 @@ def _read_fingerprint(storage: Storage, digest: str) -> Fingerprint:
     if hashlib.sha256(data).hexdigest() != digest:
         raise ValueError("does not hash to its name")
     return Fingerprint.from_mapping(json.loads(data))
+
+
+def read_fingerprint(storage: Storage, digest: str) -> Fingerprint | None:
+    """The fields behind ``digest``, or ``None`` where they are missing or damaged.
+
+    Raises ``StoreUnavailableError`` when the store does not answer.
+    """
+    try:
+        return _read_fingerprint(storage, digest)
+    except (ValueError, TypeError, RecursionError, FileNotFoundError):
+        return None
 
 
 def check_fingerprint(storage: Storage, wanted: Fingerprint) -> None:
@@ -119,9 +135,8 @@ def check_fingerprint(storage: Storage, wanted: Fingerprint) -> None:
 
 def difference(storage: Storage, digest: str, wanted: Fingerprint) -> str:
     """What differs between a held fingerprint and ``wanted``, as text: ``field: held != wanted``."""
-    try:
-        held = _read_fingerprint(storage, digest)
-    except (ValueError, TypeError, RecursionError, FileNotFoundError):
+    held = read_fingerprint(storage, digest)
+    if held is None:
         return f"fingerprint {digest[:12]}... (its fields cannot be read) != {wanted.digest[:12]}..."
     pairs = held.difference(wanted)
     return ", ".join(f"{name}: {_short(a)} != {_short(b)}" for name, (a, b) in pairs.items())

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from kvlink_core.compress import DTYPES, CacheShape
 from kvlink_core.compress.codec import ParamValue
 from kvlink_core.errors import ConfigError, PayloadCorruptError, PayloadForeignError
+from kvlink_core.store.rows import from_micros, to_micros
 
 #: Version of the shard's format that this code writes, and the greatest that it reads.
 FORMAT_VERSION: Final = 1
@@ -27,6 +31,9 @@ _SHARD_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 _Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+_Times = TypeAdapter(list[list[int]], config=ConfigDict(strict=True))
 
 
 class _Strict(BaseModel):
@@ -99,14 +106,36 @@ def parse_manifest(data: bytes, shard: str) -> Manifest:
     return manifest
 
 
+def times_to_bytes(times: Sequence[Sequence[datetime]]) -> bytes:
+    """What ``kvlink.times`` is to hold: for each document when each of its ids was written."""
+    return json.dumps([[to_micros(t) for t in of_document] for of_document in times], separators=(",", ":")).encode()
+
+
+def parse_times(data: bytes, manifest: Manifest, shard: str) -> list[list[datetime]]:
+    """The reverse, for the shard of that manifest. Raises ``PayloadCorruptError``."""
+    try:
+        found = _Times.validate_json(data)
+        times = [[from_micros(t) for t in of_document] for of_document in found]
+    except (ValidationError, OverflowError) as error:
+        raise PayloadCorruptError(f"shard {shard}: kvlink.times is not what FORMAT.md says") from error
+    if [len(t) for t in times] != [len(d.ids) for d in manifest.documents]:
+        raise PayloadCorruptError(f"shard {shard}: kvlink.times does not fit its documents")
+    return times
+
+
 def shard_name(footer: bytes) -> str:
     """The file name of the shard with that footer (Parquet's FileMetaData)."""
     return hashlib.sha256(footer).hexdigest() + ".parquet"
 
 
+def is_shard_name(name: str) -> bool:
+    """Whether a file of that name may be a shard."""
+    return _SHARD_NAME.fullmatch(name) is not None
+
+
 def check_shard_name(shard: str) -> None:
     """Raise ``PayloadCorruptError`` unless ``shard`` is a name that this store would have given."""
-    if not _SHARD_NAME.fullmatch(shard):
+    if not is_shard_name(shard):
         raise PayloadCorruptError(f"{shard[:100]!r} is not the name of a shard")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
+from collections.abc import Iterable
 from typing import IO, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -40,21 +41,28 @@ class Deleted(_Record):
     codec: str | None
     until: int
 
-    def covers(self, row: CatalogRow) -> bool:
-        """Whether ``row`` was deleted by it."""
-        return (
-            row.namespace == self.namespace
-            and self.fingerprint in (None, row.fingerprint)
-            and self.codec in (None, row.codec)
-            and to_micros(row.created_at) <= self.until
-            and (self.ids is None or row.document_id in self._ids)
+
+class Deletions:
+    """Many records of deletions, to be asked about many rows."""
+
+    def __init__(self, records: Iterable[Deleted]) -> None:
+        self._of_all: dict[str, list[Deleted]] = {}
+        self._of_id: dict[tuple[str, str], list[Deleted]] = {}
+        for record in records:
+            if record.ids is None:
+                self._of_all.setdefault(record.namespace, []).append(record)
+            for document_id in record.ids or ():
+                self._of_id.setdefault((record.namespace, document_id), []).append(record)
+
+    def cover(self, row: CatalogRow) -> bool:
+        """Whether ``row`` was deleted by one of them."""
+        records = (*self._of_all.get(row.namespace, ()), *self._of_id.get((row.namespace, row.document_id), ()))
+        return any(
+            r.fingerprint in (None, row.fingerprint)
+            and r.codec in (None, row.codec)
+            and to_micros(row.created_at) <= r.until
+            for r in records
         )
-
-    def model_post_init(self, _: object) -> None:
-        """Keep the ids as a set too."""
-        self._ids = frozenset(self.ids or ())
-
-    _ids: frozenset[str] = frozenset()
 
 
 def publish_record(storage: Storage, directory: str, record: Collecting | Deleted) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import pyarrow as pa
 
+from kvlink_core.compress import Codec, EncodedDocument
 from kvlink_core.errors import PayloadCorruptError, PayloadError, PayloadMissingError, StoreUnavailableError
 from kvlink_core.store.manifest import check_shard_name
 from kvlink_core.store.payload import (
@@ -27,6 +29,8 @@ from kvlink_core.store.rows import CatalogRow
 from kvlink_core.store.storage import Range, Storage, Tail, describe
 from kvlink_core.store.tokens import read_tokens
 from kvlink_core.types import DocumentCache
+
+Loaded = TypeVar("Loaded")
 
 #: Enough for the footers of shards of some two hundred documents in the first request.
 _TAIL_BYTES = 128 * 2**10
@@ -89,10 +93,19 @@ class ShardReader:
 
         Raises ``StoreUnavailableError`` when the store does not answer for one of them.
         """
-        footers = self._get_footers(list(dict.fromkeys(row.shard for row in rows)))
+        return self._load(rows, self._decode)
+
+    def load_encoded(self, rows: Sequence[CatalogRow]) -> list[EncodedDocument | PayloadError]:
+        """Like ``load``, but as the codec stored it; checksums are verified in any case."""
+        return self._load(rows, lambda file, row_group: read_document(file, row_group, verify=True))
+
+    def _load(
+        self, rows: Sequence[CatalogRow], read: Callable[[PayloadFile, int], Loaded]
+    ) -> list[Loaded | PayloadError]:
+        footers = self.footers(list(dict.fromkeys(row.shard for row in rows)))
         places = [self._place(footers[row.shard], row) for row in rows]
         unique = list(dict.fromkeys(p for p in places if isinstance(p, Range)))
-        done: dict[Range, DocumentCache | PayloadError] = {}
+        done: dict[Range, Loaded | PayloadError] = {}
         row_of = dict(zip(places, rows, strict=True))
         groups: dict[int, tuple[PayloadFile, list[Range]]] = {}  # by file, since one thread at a time may read it
         for place, source in zip(unique, self._storage.open_ranges(unique), strict=True):
@@ -106,18 +119,30 @@ class ShardReader:
         def decode(group: tuple[PayloadFile, list[Range]]) -> None:
             file, wanted = group
             for place in wanted:
-                done[place] = self._decode(file, row_of[place].row_group)
+                try:
+                    done[place] = read(file, row_of[place].row_group)
+                except PayloadError as error:
+                    done[place] = error
 
         list((self._pool.map if len(groups) > 1 else map)(decode, groups.values()))
         return [done[p] if isinstance(p, Range) else p for p in places]
 
-    def _decode(self, file: PayloadFile, row_group: int) -> DocumentCache | PayloadError:
-        try:
-            document = read_document(file, row_group, verify=self._verify)
-            with corrupt(file.footer.shard):
-                return file.footer.codec.decode(document)
-        except PayloadError as error:
-            return error
+    def _decode(self, file: PayloadFile, row_group: int) -> DocumentCache:
+        document = read_document(file, row_group, verify=self._verify)
+        with corrupt(file.footer.shard):
+            return file.footer.codec.decode(document)
+
+    def decode(self, codec: Codec, documents: Sequence[EncodedDocument]) -> list[DocumentCache | PayloadError]:
+        """The cache of each document of ``load_encoded``, in order."""
+
+        def decode(document: EncodedDocument) -> DocumentCache | PayloadError:
+            try:
+                with corrupt("that was read"):
+                    return codec.decode(document)
+            except PayloadError as error:
+                return error
+
+        return list((self._pool.map if len(documents) > 1 else map)(decode, documents))
 
     def token_ids(self, rows: Sequence[CatalogRow]) -> list[list[int]]:
         """Token ids of each row, without K and V, from the shard or, where that fails, from the copy beside it.
@@ -125,7 +150,7 @@ class ShardReader:
         Raises the shard's ``PayloadError`` when neither has them, and ``StoreUnavailableError`` when the store does not
         answer.
         """
-        footers = self._get_footers(list(dict.fromkeys(row.shard for row in rows)))
+        footers = self.footers(list(dict.fromkeys(row.shard for row in rows)))
         found: list[list[int]] = []
         for row in rows:
             try:
@@ -157,7 +182,11 @@ class ShardReader:
         except PayloadError as error:
             return error
 
-    def _get_footers(self, shards: Sequence[str]) -> dict[str, Footer | PayloadError]:
+    def footers(self, shards: Sequence[str]) -> dict[str, Footer | PayloadError]:
+        """What each shard says of itself, or why it must not be believed.
+
+        Raises ``StoreUnavailableError`` when the store does not answer.
+        """
         found: dict[str, Footer | PayloadError] = {}
         for shard in shards:
             try:

@@ -43,3 +43,34 @@ def read_tokens(storage: Storage, row: CatalogRow) -> list[int] | None:
             return tokens_of_bytes(copy).tolist() if token_digest(copy) == row.token_digest else None
     except (FileNotFoundError, PayloadError):
         return None
+
+
+def read_copies(storage: Storage, shard: str) -> dict[int, str] | None:
+    """The digest of each document's token ids in the copy beside ``shard``, by row group; ``None`` without a copy.
+
+    A copy that cannot be read has no documents. Raises ``StoreUnavailableError`` when the store does not answer.
+    """
+    try:
+        check_shard_name(shard)
+        data = storage.read(f"{DIRECTORY}/{shard}")
+    except (FileNotFoundError, PayloadError):
+        return None
+    try:
+        with corrupt(shard):
+            table = pq.read_table(pa.BufferReader(data), columns=["token_ids"], use_threads=False)
+            return {i: token_digest(ids) for i, ids in enumerate(table["token_ids"].to_pylist()) if ids is not None}
+    except PayloadError:
+        return {}
+
+
+def is_tokens_file(storage: Storage, shard: str) -> bool:
+    """Whether the copy of the token ids of ``shard`` is one by what it says of itself.
+
+    Raises ``StoreUnavailableError`` when the store does not answer.
+    """
+    try:
+        with corrupt(shard):
+            schema = pq.read_schema(pa.BufferReader(storage.read(f"{DIRECTORY}/{shard}")))
+    except (FileNotFoundError, PayloadError):
+        return False
+    return bool(schema.remove_metadata().equals(_SCHEMA))
