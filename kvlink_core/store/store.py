@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
+from typing import IO, TypeVar
 
 from kvlink_core.compress import Codec, EncodedDocument, codec_spec, dtype_name, get_codec
 from kvlink_core.errors import (
@@ -28,6 +29,7 @@ from kvlink_core.store.manifest import (
     Manifest,
     check_namespace,
 )
+from kvlink_core.store.payload import write_payload
 from kvlink_core.store.rows import CatalogRow
 from kvlink_core.store.shards import ShardReader
 from kvlink_core.store.storage import Storage, open_storage
@@ -35,6 +37,8 @@ from kvlink_core.store.writing import publish_shard
 from kvlink_core.types import DocumentCache, check_document_id
 
 logger = logging.getLogger(__name__)
+
+Loaded = TypeVar("Loaded")
 
 
 class DocumentStore:
@@ -269,14 +273,36 @@ class DocumentStore:
 
         Raises ``StoreUnavailableError`` when the store does not answer, which says nothing of the payloads.
         """
+        return self._own(rows, self._reader.load)
+
+    def load_encoded(self, rows: Sequence[CatalogRow]) -> list[EncodedDocument | PayloadError]:
+        """Like ``load``, but as the codec stored it, checked; for ``decode`` and ``write_copy``."""
+        return self._own(rows, self._reader.load_encoded)
+
+    def _own(
+        self, rows: Sequence[CatalogRow], load: Callable[[Sequence[CatalogRow]], list[Loaded | PayloadError]]
+    ) -> list[Loaded | PayloadError]:
+        """What ``load`` has for those rows that are of this store; for the others, that they are not."""
         foreign = [r.namespace != self.namespace or r.fingerprint != self._digest for r in rows]
-        loaded = iter(self._reader.load([r for r, other in zip(rows, foreign, strict=True) if not other]))
+        loaded = iter(load([r for r, other in zip(rows, foreign, strict=True) if not other]))
         return [
             PayloadForeignError(f"the row of document {row.document_id!r} belongs to another store")
             if other
             else next(loaded)
             for row, other in zip(rows, foreign, strict=True)
         ]
+
+    def decode(self, documents: Sequence[EncodedDocument]) -> list[DocumentCache | PayloadError]:
+        """The cache of each document that this store's codec encoded."""
+        return self._reader.decode(self._codec, documents)
+
+    def write_copy(self, file: IO[bytes], row: CatalogRow, document: EncodedDocument) -> str:
+        """Write a shard of the document of ``row`` alone to a file of the caller's, and return its name.
+
+        The copy describes and checks itself like any shard (FORMAT.md section 2), but is no part of the store.
+        """
+        manifest = self._manifest({row.token_digest: ([row.document_id], [])}, [document])
+        return write_payload(file, manifest.to_bytes(), self.fingerprint.to_json(), self._codec, [document])
 
     def token_ids(self, rows: Sequence[CatalogRow]) -> list[list[int]]:
         """Token ids of ``rows`` without K and V, also when a shard is damaged, from the copy kept beside it.

@@ -1,0 +1,305 @@
+"""What is learnt of speeds, what is chosen from it, and when a store is left alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvlink_core.errors import ConfigError, StoreUnavailableError
+from kvlink_core.store.tiers.breaker import CircuitBreaker
+from kvlink_core.store.tiers.cost import LinearCost
+from kvlink_core.store.tiers.guard import StoreGuard
+from kvlink_core.store.tiers.planner import Candidate, Planner
+from kvlink_core.store.tiers.settings import TierSettings
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+# Costs
+
+
+def test_a_fixed_part_and_a_part_per_unit_are_told_apart() -> None:
+    cost = LinearCost()
+    for amount in (100, 2000, 700, 1500):
+        cost.observe(amount, 0.25 + amount / 1000)
+    assert cost.fixed == pytest.approx(0.25)
+    assert cost.per_unit == pytest.approx(1e-3)
+    assert cost.seconds(10_000) == pytest.approx(10.25)
+
+
+def test_equal_amounts_say_nothing_about_a_fixed_part() -> None:
+    cost = LinearCost()
+    for _ in range(5):
+        cost.observe(100, 1.0)
+    assert (cost.fixed, cost.seconds(50)) == (0.0, pytest.approx(0.5))
+
+
+def test_it_forgets() -> None:
+    cost = LinearCost()
+    for _ in range(50):
+        cost.observe(100, 1.0)
+    for _ in range(10):
+        cost.observe(100, 0.1)
+    assert 0.1 < cost.seconds(100) < 0.25
+
+
+@given(st.lists(st.tuples(st.floats(1, 1e9), st.floats(0, 1e3)), min_size=1, max_size=30))
+def test_no_part_is_ever_negative(seen: list[tuple[float, float]]) -> None:
+    cost = LinearCost()
+    assert not cost.known
+    for amount, seconds in seen:
+        cost.observe(amount, seconds)
+    assert cost.known
+    assert cost.fixed >= 0
+    assert cost.per_unit >= 0
+    assert cost.seconds(1e9) >= cost.seconds(1) >= 0
+
+
+# Choices
+
+
+def candidate(
+    source: str = "store", nbytes: int = 1000, tokens: int = 10, *, decoded: int = 0, computable: bool = True
+) -> Candidate:
+    return Candidate(source, nbytes, decoded, tokens, computable)  # type: ignore[arg-type]
+
+
+def planner(*, store: float = 0.0, disk: float = 0.0, decode: float = 0.0, encode: float = 0.0) -> Planner:
+    """One that has seen seconds per byte, or per token; 0 leaves it unknown."""
+    made = Planner()
+    for cost, slope in (
+        (made.read["store"], store),
+        (made.read["disk"], disk),
+        (made.decode, decode),
+        (made.encode, encode),
+    ):
+        for amount in (100, 200) if slope else ():
+            cost.observe(amount, slope * amount)
+    return made
+
+
+def test_what_is_unknown_is_tried() -> None:
+    assert planner(store=1e9).choose([candidate()]) == [True]  # never computed: loading is all that is known
+    assert planner(encode=1e-9).choose([candidate()]) == [True]  # never loaded: may be fast
+
+
+@pytest.mark.parametrize(
+    ("costs", "load"),
+    [
+        ({"store": 1e-6, "encode": 1e-3}, True),  # 1 ms against 10
+        ({"store": 1e-4, "encode": 1e-3}, False),  # 100 against 10
+        ({"store": 1e-6, "encode": 1e-3, "decode": 1e-5}, False),  # 1 + 20 for decoding
+    ],
+)
+def test_the_faster_one_is_chosen(costs: dict[str, float], load: bool) -> None:
+    assert planner(**costs).choose([candidate(decoded=2000)]) == [load]
+
+
+def test_it_depends_on_the_document() -> None:
+    made = planner(store=1e-5, encode=1e-3)
+    assert made.choose([candidate(nbytes=500), candidate(nbytes=5000)]) == [True, False]
+    assert made.choose([candidate("disk", nbytes=5000)]) == [True]
+
+
+def test_what_cannot_be_computed_is_loaded_whatever_it_costs() -> None:
+    made = planner(store=1.0, encode=1e-9)
+    assert made.choose([candidate(computable=False), candidate()]) == [True, False]
+
+
+def test_a_round_that_is_waited_for_anyway_carries_others_along() -> None:
+    made = Planner()
+    for nbytes in (1000, 9000):
+        made.read["store"].observe(nbytes, 0.1 + nbytes * 1e-6)  # 100 ms for any round
+    for tokens in (10, 20):
+        made.encode.observe(tokens, tokens * 1e-3)
+    assert made.choose([candidate(tokens=50)]) == [False]
+    assert made.choose([candidate(tokens=50)] * 4) == [True] * 4  # 104 ms against 200
+    assert made.choose([candidate(tokens=50), candidate(computable=False)]) == [True, True]
+
+
+DOCUMENTS = st.lists(
+    st.builds(
+        Candidate, st.sampled_from(["disk", "store"]),
+        st.integers(1, 1000), st.integers(1, 1000), st.integers(1, 50), st.booleans(),
+    ),
+    max_size=5,
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(documents=DOCUMENTS, seed=st.integers(0, 10**6))
+def test_no_other_choice_is_expected_to_be_faster(documents: list[Candidate], seed: int) -> None:
+    rng = random.Random(seed)
+    made = Planner()
+    truth = {
+        name: (rng.choice([0, rng.random()]), rng.random() / 300) for name in ("disk", "store", "decode", "encode")
+    }
+    truth["encode"] = (truth["encode"][0], truth["encode"][1] * 20)
+    for name, cost in ({**made.read, "decode": made.decode, "encode": made.encode}).items():
+        for amount in (100, 300):
+            cost.observe(amount, truth[name][0] + truth[name][1] * amount)
+
+    def seconds(loads: tuple[bool, ...]) -> float:
+        total = 0.0
+        loaded = [d for d, load in zip(documents, loads, strict=True) if load]
+        computed = [d for d, load in zip(documents, loads, strict=True) if not load]
+        for source in ("disk", "store"):
+            if here := [d for d in loaded if d.source == source]:
+                total += truth[source][0] + truth[source][1] * sum(d.nbytes for d in here)
+        if loaded:
+            total += truth["decode"][0] + truth["decode"][1] * sum(d.decoded for d in loaded)
+        if computed:
+            total += truth["encode"][0] + truth["encode"][1] * sum(d.tokens for d in computed)
+        return total
+
+    allowed = [
+        loads
+        for loads in product([True, False], repeat=len(documents))
+        if all(load or d.computable for load, d in zip(loads, documents, strict=True))
+    ]
+    chosen = tuple(made.choose(documents))
+    assert chosen in allowed
+    assert seconds(chosen) <= min(map(seconds, allowed)) * (1 + 1e-6) + 1e-9
+
+
+def test_an_avoided_source_is_tried_now_and_then() -> None:
+    clock = Clock()
+    made = Planner(probe_every_s=10, clock=clock)
+    made.observe_read("store", 100, 1.0)
+    assert not made.probe_due("store")
+    clock.now += 10
+    assert [made.probe_due("store"), made.probe_due("store"), made.probe_due("disk")] == [True, False, True]
+    clock.now += 9
+    assert not made.probe_due("store")
+
+
+# The breaker
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def breaker(clock: Callable[[], float]) -> CircuitBreaker:
+    return CircuitBreaker(failures=3, retry_after_s=5, longest_s=15, trial_s=8, clock=clock)
+
+
+def test_it_opens_after_failures_in_a_row_only(clock: Clock) -> None:
+    made = breaker(clock)
+    for end in (made.failed, made.failed, made.succeeded, made.failed, made.failed):
+        end()
+        assert (made.allow(), made.state) == ("yes", "closed")
+    made.failed()
+    assert (made.allow(), made.state, made.opened, made.retry_in_s()) == ("no", "open", 1, 5)
+
+
+def test_one_trial_decides_and_waiting_doubles(clock: Clock) -> None:
+    made = breaker(clock)
+    for wait_s in (5, 10, 15, 15):
+        for _ in range(3):
+            made.failed()
+        clock.now += wait_s - 0.1
+        assert made.allow() == "no"
+        clock.now += 0.2
+        assert made.state == "half-open"
+        assert [made.allow(), made.allow()] == ["trial", "no"]
+    made.succeeded()
+    assert (made.allow(), made.state) == ("yes", "closed")
+    for _ in range(3):
+        made.failed()
+    assert made.retry_in_s() == 5  # as at first
+
+
+def test_a_trial_that_says_nothing_is_given_up(clock: Clock) -> None:
+    made = breaker(clock)
+    for _ in range(3):
+        made.failed()
+    clock.now += 6
+    assert made.allow() == "trial"
+    clock.now += 7
+    assert made.allow() == "no"
+    clock.now += 2
+    assert made.allow() == "trial"
+
+
+def test_late_news_of_earlier_requests_does_not_close_it(clock: Clock) -> None:
+    made = breaker(clock)
+    for _ in range(3):
+        made.failed()
+    made.succeeded()
+    assert made.allow() == "no"
+    made.failed()
+    assert made.opened == 1
+
+
+# The guard
+
+
+def test_failures_and_slow_answers_count_and_refusals_do_not(clock: Clock) -> None:
+    guard = StoreGuard(breaker(clock), timeout_s=2, clock=clock)
+
+    def away() -> None:
+        raise StoreUnavailableError("away")
+
+    def slow() -> str:
+        clock.now += 3
+        return "at last"
+
+    def refused() -> None:
+        raise ValueError("not here")
+
+    with pytest.raises(StoreUnavailableError):
+        guard.watch(away)
+    assert guard.watch(slow) == "at last"
+    assert guard.failures == 2
+    with pytest.raises(ValueError, match="not here"):
+        guard.watch(refused)  # an answer
+    assert guard.allow() == "yes"
+    for _ in range(3):
+        guard.watch(slow)
+    assert guard.allow() == "no"
+    assert "left alone for another 5.0 s" in str(guard.left_alone())
+
+
+def test_what_hangs_is_counted_without_coming_back_and_once(clock: Clock) -> None:
+    guard = StoreGuard(breaker(clock), timeout_s=2, clock=clock)
+
+    def hang(depth: int) -> None:
+        clock.now += 1
+        if depth:
+            guard.watch(lambda: hang(depth - 1))
+        else:
+            clock.now += 2
+            assert guard.allow() == "no"
+
+    guard.watch(lambda: hang(2))
+    assert guard.failures == 3
+
+
+@pytest.mark.parametrize(
+    ("settings_", "match"),
+    [
+        ({"host_bytes": -1}, "host_bytes is -1"),
+        ({"timeout_s": 0}, "timeout_s is 0"),
+        ({"timeout_s": float("nan")}, "timeout_s is nan"),
+        ({"threads": 0}, "threads"),
+        ({"recompute": "maybe"}, "'maybe'"),
+        ({"disk_bytes": 5}, "both disk_path and disk_bytes"),
+        ({"disk_path": "x"}, "both disk_path and disk_bytes"),
+    ],
+)
+def test_impossible_settings_are_refused(settings_: dict[str, object], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        TierSettings(**settings_)  # type: ignore[arg-type]
