@@ -12,10 +12,10 @@ from kvlink_core.errors import PayloadCorruptError
 class Affine:
     """Codes ``0..levels`` for the numbers from a group's lower endpoint to its upper one, in steps of equal size.
 
-    Error of one element: at most half a step, and rounding: float32's, at most ``2**-21`` of the greater endpoint's
-    magnitude, and half a unit in the last place of the cache's dtype. A step is ``(upper - lower) / levels``. The
-    endpoints are the group's least and greatest number, for float32 caches rounded outward by at most ``2**-7`` of
-    their magnitude.
+    Error of one element: at most half a step, and rounding: float32's, at most ``2**-20`` of the greater endpoint's
+    magnitude (and ``2**-140``, of numbers that small), and half a unit in the last place of the cache's dtype. A step
+    is ``(upper - lower) / levels``. The endpoints are the group's least and greatest number, for float32 caches rounded
+    outward to the next bfloat16, by less than ``2**-7`` of their magnitude.
 
     Args:
         bits: of a code: 4 or 8.

@@ -16,8 +16,9 @@ class Float8:
     """E4M3 codes of a group's numbers divided by its scale, ``endpoint / 448``.
 
     Error of one element x: at most ``max(2**-4 * |x|, 2**-10 * scale)``, and rounding: float32's, at most
-    ``2**-21 * |x|``, and half a unit in the last place of the cache's dtype. The endpoint is the group's greatest
-    magnitude, for float32 caches rounded up by at most ``2**-7`` of it.
+    ``2**-20 * |x|`` (and ``2**-140``, of numbers that small), and half a unit in the last place of the cache's dtype.
+    The endpoint is the group's greatest magnitude, for float32 caches rounded up to the next bfloat16, by less than
+    ``2**-7`` of it.
     """
 
     bits = 8
