@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from kvlink_core.errors import ConfigError
 from kvlink_core.models import LoadedModel
+from kvlink_core.models.graphs import SlotBuffer
 from kvlink_core.models.memory import view
 from kvlink_core.models.rope import RopeTables
 from kvlink_core.prompt import Prompt
@@ -37,8 +38,8 @@ class LinkedCache:
         reserve: slots for tokens to be generated after the prompt.
 
     Attributes:
-        keys, values: ``[layers, kv_heads, capacity, dim]``; a slot's content is undefined until it is placed or
-            computed, and is not read before.
+        keys, values: ``[layers, kv_heads, capacity, dim]``, with as many slots as needed or more; a slot's content is
+            undefined until it is placed or computed, and is not read before.
         pending: int64 positions of the prompt, ascending, that the engine has yet to compute.
     """
 
@@ -46,6 +47,7 @@ class LinkedCache:
         self.model = model
         self.prompt = prompt
         self.token_ids = prompt.token_ids()
+        self._buffer: SlotBuffer | None = None
         self.keys, self.values = self._slots(prompt.length + reserve)
         self.pending = torch.arange(prompt.length)
         self._placed = torch.zeros(prompt.length, dtype=torch.bool)
@@ -54,6 +56,13 @@ class LinkedCache:
     def _slots(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory for keys and values, lent until this cache is gone; its views must not outlive it."""
         model = self.model
+        if model.lm.graphs is not None:
+            self._buffer = model.lm.graphs.take(capacity)
+            weakref.finalize(self, model.lm.graphs.give, self._buffer).atexit = False
+            # What an earlier prompt left is never attended to, but a number that is not finite would show even so.
+            for slots in (self._buffer.keys, self._buffer.values):
+                slots[:, :, self.prompt.length :].zero_()
+            return self._buffer.keys, self._buffer.values
         shapes = model.recipes.shapes(capacity)
         if model.device.type != "cpu":
             keys, values = (torch.empty(shape, dtype=model.dtype, device=model.device) for shape in shapes)
@@ -137,7 +146,7 @@ class LinkedCache:
         length = self.prompt.length
         self._refuse_wraps(self.token_ids)
         positions = torch.arange(length, device=self.model.device)
-        slots = _Slots(self, positions, length, layers=layers)
+        slots = _Slots(self.model.recipes.numbers, self.keys, self.values, positions, length, layers=layers)
         with suppress(_FirstLayersDone):
             self.model.lm.compute(self.token_ids.to(self.model.device), positions, length, slots)
         self._first_layers += layers
@@ -157,10 +166,16 @@ class LinkedCache:
             ConfigError: rows of a soft wrap are among the tokens: they are encoded with their document only.
         """
         self._refuse_wraps(token_ids)
+        lm, keys, values = self.model.lm, self.keys, self.values
+
+        # Knows the slots and not this cache: what is recorded of it outlives the cache.
+        def forward(token_ids: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
+            return lm.compute(token_ids, positions, length, _Slots(lm.recipes.numbers, keys, values, positions, length))
+
+        if self._buffer is not None and lm.graphs is not None:
+            return lm.graphs.compute(self._buffer, token_ids, positions, forward)
         length = int(positions[-1]) + 1
-        positions = positions.to(self.model.device)
-        slots = _Slots(self, positions, length)
-        return self.model.lm.compute(token_ids.to(self.model.device), positions, length, slots)
+        return forward(token_ids.to(lm.device), positions.to(lm.device), length)
 
     def _refuse_wraps(self, token_ids: torch.Tensor) -> None:
         if self.model.layout.wrap is not None and int(token_ids.max()) >= FIRST_WRAP_ID:
@@ -174,12 +189,24 @@ class _FirstLayersDone(Exception):
 class _Slots(DynamicCache):  # type: ignore[misc]  # transformers is untyped
     """What a forward pass sees of a ``LinkedCache``: writes new keys into their slots, reads all slots so far.
 
-    With ``layers``, raises ``_FirstLayersDone`` once that many layers have written theirs.
+    ``numbers`` are the model's own of the layers that cache. With ``layers``, raises ``_FirstLayersDone`` once that
+    many layers have written theirs.
     """
 
-    def __init__(self, linked: LinkedCache, positions: torch.Tensor, length: int, *, layers: int | None = None) -> None:
+    def __init__(
+        self,
+        numbers: Sequence[int],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        length: int,
+        *,
+        layers: int | None = None,
+    ) -> None:
         super().__init__()
-        self._linked = linked
+        self._numbers = numbers
+        self._keys = keys
+        self._values = values
         self._positions = positions
         self._length = length
         self._layers = layers
@@ -189,8 +216,8 @@ class _Slots(DynamicCache):  # type: ignore[misc]  # transformers is untyped
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by each attention layer with the keys and values of the computed tokens."""
-        layer = self._linked.model.recipes.numbers.index(layer_idx)
-        keys, values = self._linked.keys[layer], self._linked.values[layer]
+        layer = self._numbers.index(layer_idx)
+        keys, values = self._keys[layer], self._values[layer]
         if self._from_nothing:
             keys[:, : self._length] = key_states[0]
             values[:, : self._length] = value_states[0]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 from kvlink_core.errors import UnsupportedModelError
 from kvlink_core.models.attention import ATTENTION, attending
 from kvlink_core.models.capture import install
+from kvlink_core.models.graphs import Graphs
 from kvlink_core.models.key_recipe import Recipes, UnrotatedCache
 from kvlink_core.models.memory import SlotMemory
 from kvlink_core.models.probe import find_recipes
@@ -36,6 +37,7 @@ class CausalLM:
         rotary: re-positions keys.
         masking: how it learns what a token may see.
         memory: where linked caches keep their slots on a CPU.
+        graphs: where they keep them on CUDA, and what was recorded over them; ``None`` elsewhere.
     """
 
     network: Any
@@ -44,6 +46,7 @@ class CausalLM:
     rotary: Rotary
     masking: Masking
     memory: SlotMemory = field(default_factory=SlotMemory)
+    graphs: Graphs | None = None
 
     @property
     def device(self) -> torch.device:
@@ -126,7 +129,10 @@ def prepare(network: Any, masking: Masking) -> CausalLM:
         decoder = network.base_model
     install(network)
     recipes = _refusing(lambda: find_recipes(network, decoder))
-    return CausalLM(network, decoder, recipes, Rotary(recipes), masking)
+    device, graphs = torch.device(network.device), None
+    if device.type == "cuda":
+        graphs = Graphs(device, network.dtype, recipes.shapes)
+    return CausalLM(network, decoder, recipes, Rotary(recipes), masking, graphs=graphs)
 
 
 def _refusing(probe: Callable[[], Recipes]) -> Recipes:
