@@ -20,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kvlink_core.models.split_attention import HIDDEN, split_attention, split_parts
+
 #: The value of ``attn_implementation`` for models that KVLink loads.
 ATTENTION = "kvlink"
 
@@ -131,13 +133,14 @@ def _grouped(
     for block in blocks:
         rows = block.end - block.begin
         folded = query[:, :, block.begin : block.end].reshape(1, heads // groups, groups * rows, width)
-        result = torch.nn.functional.scaled_dot_product_attention(
-            folded,
-            key[:, :, block.low : block.high],
-            value[:, :, block.low : block.high],
-            attn_mask=block.mask,
-            scale=scaling,
-        )
+        keys, values = key[:, :, block.low : block.high], value[:, :, block.low : block.high]
+        parts = split_parts(folded, keys, values)
+        if parts > 1:
+            result = split_attention(folded, keys, values, block.mask, parts, scaling)
+        else:
+            result = torch.nn.functional.scaled_dot_product_attention(
+                folded, keys, values, attn_mask=block.mask, scale=scaling
+            )
         attended[:, block.begin : block.end] = result.reshape(1, heads, rows, -1).transpose(1, 2)
     return attended
 
@@ -168,7 +171,8 @@ def _blocks(now: _Pass, seen: torch.Tensor, groups: int, dtype: torch.dtype) -> 
             slots = torch.nonzero(seen[begin:end].any(0)).flatten()
             low, high = int(slots[0]), int(slots[-1]) + 1
         part = seen[begin:end, low:high].repeat(groups, 1)
-        mask = torch.zeros(part.shape, dtype=dtype, device=seen.device).masked_fill_(~part, -torch.inf)
+        hidden = HIDDEN[dtype] if seen.device.type == "cuda" else -torch.inf
+        mask = torch.zeros(part.shape, dtype=dtype, device=seen.device).masked_fill_(~part, hidden)
         blocks.append(_Block(begin, end, low, high, mask[None, None]))
     return blocks
 

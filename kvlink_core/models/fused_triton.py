@@ -12,34 +12,41 @@ import torch
 import triton
 import triton.language as tl
 
-_TOKENS = 64
+#: Tokens of a program, and of these at a time.
+_TOKENS, _AT_ONCE = 64, 16
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
     keys, values, starts, lengths, block_document, block_first, cos, sin, out_keys, out_values, capacity,
-    DIM: tl.constexpr, TOKENS: tl.constexpr,
+    DIM: tl.constexpr, TOKENS: tl.constexpr, AT_ONCE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
     document = tl.load(block_document + block)
     length, start = tl.load(lengths + document), tl.load(starts + document)
     key = tl.load(keys + document).to(tl.pointer_type(out_keys.dtype.element_ty))
     value = tl.load(values + document).to(tl.pointer_type(out_keys.dtype.element_ty))
     half: tl.constexpr = DIM // 2
-    token = tl.load(block_first + block) + tl.arange(0, TOKENS)
-    there = (token < length)[:, None]
     dim = tl.arange(0, half)[None, :]
-    read = (row * length + token)[:, None] * DIM + dim
-    table = (start + token)[:, None] * DIM + dim
-    write = (row * capacity + start + token)[:, None] * DIM + dim
-    low = tl.load(key + read, mask=there).to(tl.float32)
-    high = tl.load(key + read + half, mask=there).to(tl.float32)
-    turned_low = low * tl.load(cos + table, mask=there) - high * tl.load(sin + table, mask=there)
-    turned_high = high * tl.load(cos + table + half, mask=there) + low * tl.load(sin + table + half, mask=there)
-    tl.store(out_keys + write, turned_low.to(out_keys.dtype.element_ty), mask=there)
-    tl.store(out_keys + write + half, turned_high.to(out_keys.dtype.element_ty), mask=there)
-    tl.store(out_values + write, tl.load(value + read, mask=there), mask=there)
-    tl.store(out_values + write + half, tl.load(value + read + half, mask=there), mask=there)
+    for begin in range(0, TOKENS, AT_ONCE):
+        token = tl.load(block_first + block) + begin + tl.arange(0, AT_ONCE)
+        there = (token < length)[:, None]
+        table = (start + token)[:, None] * DIM + dim
+        # Read once for all heads: of a small head, tables weigh as much as keys and values.
+        cos_low, cos_high = tl.load(cos + table, mask=there), tl.load(cos + table + half, mask=there)
+        sin_low, sin_high = tl.load(sin + table, mask=there), tl.load(sin + table + half, mask=there)
+        for head in range(HEADS):
+            row = layer * HEADS + head
+            read = (row * length + token)[:, None] * DIM + dim
+            write = (row * capacity + start + token)[:, None] * DIM + dim
+            low = tl.load(key + read, mask=there).to(tl.float32)
+            high = tl.load(key + read + half, mask=there).to(tl.float32)
+            tl.store(out_keys + write, (low * cos_low - high * sin_low).to(out_keys.dtype.element_ty), mask=there)
+            tl.store(
+                out_keys + write + half, (high * cos_high + low * sin_high).to(out_keys.dtype.element_ty), mask=there
+            )
+            tl.store(out_values + write, tl.load(value + read, mask=there), mask=there)
+            tl.store(out_values + write + half, tl.load(value + read + half, mask=there), mask=there)
 
 
 def place_all(
@@ -71,5 +78,8 @@ def place_all(
     )
     flat = torch.tensor([x for column in columns for x in column]).pin_memory()
     parts = torch.split(flat.to(out_keys.device, non_blocking=True), [len(column) for column in columns])
-    grid = (len(blocks), layers * kv_heads)
-    _kernel[grid](*parts, cos, sin, out_keys, out_values, capacity, DIM=dim, TOKENS=_TOKENS, num_warps=4)
+    grid = (len(blocks), layers)
+    _kernel[grid](
+        *parts, cos, sin, out_keys, out_values, capacity,
+        DIM=dim, TOKENS=_TOKENS, AT_ONCE=_AT_ONCE, HEADS=kv_heads, num_warps=4,
+    )  # fmt: skip

@@ -30,7 +30,7 @@ from kvlink_core.text import first_line
 logger = logging.getLogger(__name__)
 
 #: Numbers of tokens that graphs are recorded for; more are computed without: there the arithmetic is what takes time.
-TOKENS = (8, 16, 32, 48, 64, 96, 128, 192, 256)
+TOKENS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 #: Buffers grow in steps of this many slots, or of an eighth of their size, whichever is more.
 _STEP = 512
