@@ -38,9 +38,9 @@ _STEP = 512
 #: Share of the device's memory that buffers may keep while nobody uses them.
 _IDLE_SHARE = 1 / 8
 
-#: Largest difference of logits between a replay and the pass it was recorded from, relative to the largest logit: other
-#: shapes run other kernels, which sum in another order.
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+#: Largest root mean square difference of logits between a replay and the pass it was recorded from, relative to that of
+#: the logits: other shapes run other kernels, which sum in another order. What is wrong is off by about 1.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
 
 #: ``[n]`` token ids and positions, and the slots to attend over, to float32 logits ``[vocabulary]``.
 Forward = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -181,14 +181,14 @@ class Graphs:
                 self._pool = torch.cuda.graph_pool_handle()
             recording = self._record(lambda at: forward(at[0], at[1], capacity), inputs.to(self._device), self._pool)
             recording.replay()
-            off = float((recording.logits - expected).abs().max() / expected.abs().max())
+            off = float((recording.logits - expected).norm() / expected.norm())
         # Broad on purpose: what cannot be recorded says so in many ways, and runs without all the same.
         except Exception as error:
             logger.info("no CUDA graphs for this model, it runs without: %s", first_line(error))
             self.usable = False
             return False
         if not off <= _TOLERANCE[self._dtype]:  # not a number is off, too
-            logger.warning("replaying a CUDA graph changed logits by %.1e of the largest; running without.", off)
+            logger.warning("replaying a CUDA graph changed logits by %.1e of their size; running without.", off)
             self.usable = False
             return False
         buffer.recorded[size] = recording

@@ -19,7 +19,7 @@ _QUERIES, _LEAST, _MOST = 64, 256, 32
 
 
 def split_parts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
-    """How many parts to cut the slots of ``key [1, heads, slots, dim]`` into; 1 where that does not help or cannot be."""
+    """How many parts to cut the slots of ``key [1, heads, slots, dim]`` into; 1 where it does not help."""
     if not query.is_cuda or query.dtype == torch.float64 or key.shape[3] % 8 or value.shape[3] % 8:
         return 1
     slots, parts = key.shape[2], 1
@@ -47,7 +47,7 @@ def split_attention(
         parts: as ``split_parts`` says.
     """
     heads, queries = query.shape[1:3]
-    keys, values = (t.view(heads, parts, -1, t.shape[3]).transpose(0, 1) for t in (key[0], value[0]))
+    keys, values = (t.view(heads, parts, -1, t.shape[2]).transpose(0, 1) for t in (key[0], value[0]))
     bias = mask.view(queries, parts, -1).transpose(0, 1)[:, None].expand(-1, heads, -1, -1)
     attended: torch.Tensor
     attended, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
