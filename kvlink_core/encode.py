@@ -7,11 +7,14 @@ batching changes nothing but the order of floating-point sums.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from kvlink_core.errors import EmptyDocumentError, PromptTooLongError
 from kvlink_core.models import LoadedModel
+from kvlink_core.models.key_recipe import UnrotatedCache
+from kvlink_core.models.reading import Reading, Reads
 from kvlink_core.types import DocumentCache
 
 
@@ -30,17 +33,38 @@ def length_batches(lengths: Sequence[int], max_batch_tokens: int) -> list[list[i
     return [*batches, current] if current else batches
 
 
+class Pruner(Protocol):
+    """Takes tokens out of caches as they are made (``compress.pruning_of`` has one for each codec that prunes)."""
+
+    @property
+    def reads(self) -> Reads:
+        """What it has to see of a document beyond its cache."""
+        ...
+
+    def prune(self, cache: DocumentCache, reading: Reading | None = None) -> DocumentCache:
+        """A pruned cache. Raises what the scorer raises."""
+        ...
+
+
 class DocumentEncoder:
     """Makes document caches (arXiv 2502.16002, section 3: each document is encoded on its own).
 
     Args:
         model: the model; caches carry its dtype.
         max_batch_tokens: padded tokens of one forward pass; more is faster until memory or cores are full.
+        prune: prunes each cache here, where all of the model is at hand; all tokens are seen while encoding.
+
+    Raises:
+        UnsupportedModelError: ``prune`` has to see what this model does not show.
     """
 
-    def __init__(self, model: LoadedModel, *, max_batch_tokens: int = 4096) -> None:
+    def __init__(self, model: LoadedModel, *, max_batch_tokens: int = 4096, prune: Pruner | None = None) -> None:
         self.model = model
         self.max_batch_tokens = max_batch_tokens
+        self._prune = prune
+        self._twice = prune is not None and prune.reads == "again"
+        if prune is not None:
+            model.lm.check_reads(prune.reads)
 
     def encode(self, documents: Sequence[Sequence[int]]) -> list[DocumentCache]:
         """Encode documents given as token ids (``layout.document_tokens``).
@@ -50,36 +74,46 @@ class DocumentEncoder:
 
         Raises:
             EmptyDocumentError: a document without tokens.
-            PromptTooLongError: a document longer than the model's context.
+            PromptTooLongError: a document longer than the model's context, or than half of it where it is read twice.
         """
+        limit = self.model.context_length // (2 if self._twice else 1)
         for token_ids in documents:
             if not token_ids:
                 raise EmptyDocumentError("a document without tokens cannot be encoded.", param="documents")
-            if len(token_ids) > self.model.context_length:
-                raise PromptTooLongError(
-                    len(token_ids), self.model.context_length, what="a document", reason=self.model.spec.context_reason
-                )
+            if len(token_ids) > limit:
+                reason = "half of it, as this scorer reads it twice" if self._twice else self.model.spec.context_reason
+                raise PromptTooLongError(len(token_ids), limit, what="a document", reason=reason)
         caches: dict[int, DocumentCache] = {}
-        for batch in length_batches([len(d) for d in documents], self.max_batch_tokens):
+        most = self.max_batch_tokens // (2 if self._twice else 1)
+        for batch in length_batches([len(d) for d in documents], most):
             caches.update(zip(batch, self._encode_batch([documents[i] for i in batch]), strict=True))
         return [caches[i] for i in range(len(documents))]
 
     @torch.inference_mode()
     def _encode_batch(self, batch: Sequence[Sequence[int]]) -> list[DocumentCache]:
         model = self.model
-        longest = max(len(d) for d in batch)
+        rows = [[*d, *d] if self._twice else d for d in batch]
+        longest = max(len(row) for row in rows)
         input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-        for row, token_ids in zip(input_ids, batch, strict=True):
-            row[: len(token_ids)] = torch.tensor(token_ids, dtype=torch.int64)
-        cache = model.lm.encode(**self._inputs(input_ids.to(model.device)))
+        for padded, row in zip(input_ids, rows, strict=True):
+            padded[: len(row)] = torch.tensor(row, dtype=torch.int64)
+        inputs = self._inputs(input_ids.to(model.device))
+        if self._prune is None:
+            cache = model.lm.encode(**inputs)
+            return [self._cut(cache, input_ids, i, len(d)) for i, d in enumerate(batch)]
+        cache, readings = model.lm.read(self._prune.reads, [len(d) for d in batch], **inputs)
         return [
-            DocumentCache(
-                token_ids=input_ids[i, : len(token_ids)].clone(),
-                keys=torch.stack([k[i, :, : len(token_ids)] for k in cache.keys]),
-                values=torch.stack([v[i, :, : len(token_ids)] for v in cache.values]),
-            )
-            for i, token_ids in enumerate(batch)
+            self._prune.prune(self._cut(cache, input_ids, i, len(d)), reading)
+            for i, (d, reading) in enumerate(zip(batch, readings, strict=True))
         ]
+
+    def _cut(self, cache: UnrotatedCache, input_ids: torch.Tensor, row: int, tokens: int) -> DocumentCache:
+        """One document out of a batch, in memory of its own."""
+        return DocumentCache(
+            token_ids=input_ids[row, :tokens].clone(),
+            keys=torch.stack([k[row, :, :tokens] for k in cache.keys]),
+            values=torch.stack([v[row, :, :tokens] for v in cache.values]),
+        )
 
     def _inputs(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         wrap = self.model.description.soft_wrap

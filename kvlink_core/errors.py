@@ -136,6 +136,18 @@ class UnknownCodecError(InputError):
     code = "unknown_codec"
 
 
+class UnknownScorerError(InputError):
+    """A scorer name that is not registered."""
+
+    code = "unknown_scorer"
+
+
+class PrunedCacheError(InputError):
+    """Caches that lack some of their tokens, asked for something that needs them all."""
+
+    code = "pruned_cache"
+
+
 class ModelError(KVLinkError):
     """The model cannot be loaded or used."""
 

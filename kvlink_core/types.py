@@ -51,10 +51,15 @@ class DocumentCache:
 
     Models with latent attention cache a latent in the place of the key and one shared key in that of the value.
 
+    A pruned cache lacks some of its tokens, in each layer and head others, but in all of them as many: ``slots`` are
+    left of each. The document had all of its tokens while it was encoded.
+
     Attributes:
         token_ids: int64 ``[tokens]``, the document's tokens as the template rendered them.
-        keys: ``[layers, kv_heads, tokens, key_dim]``, in the model's dtype, **before** RoPE.
-        values: ``[layers, kv_heads, tokens, value_dim]``, in the model's dtype (before RoPE, where it is rotated).
+        keys: ``[layers, kv_heads, slots, key_dim]``, in the model's dtype, **before** RoPE.
+        values: ``[layers, kv_heads, slots, value_dim]``, in the model's dtype (before RoPE, where it is rotated).
+        kept: int32 ``[layers, kv_heads, slots]``: which token each slot is, ascending from 0 up; ``None`` for all
+            tokens, and then ``slots`` is ``tokens``.
 
     The tensors may be views of a memory-mapped, read-only file: never write to them.
     """
@@ -62,14 +67,20 @@ class DocumentCache:
     token_ids: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
+    kept: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         tokens = self.token_ids.shape[0]
         assert self.token_ids.ndim == 1
         assert self.keys.ndim == 4
         assert self.values.ndim == 4
-        assert self.keys.shape[:2] == self.values.shape[:2]
-        assert self.keys.shape[2] == self.values.shape[2] == tokens
+        assert self.keys.shape[:3] == self.values.shape[:3]
+        if self.kept is None:
+            assert self.keys.shape[2] == tokens
+        else:
+            assert self.kept.dtype == torch.int32
+            assert self.kept.shape == self.keys.shape[:3]
+            assert 1 <= self.kept.shape[2] <= tokens
 
     @property
     def tokens(self) -> int:
@@ -77,9 +88,14 @@ class DocumentCache:
         return int(self.token_ids.shape[0])
 
     @property
+    def slots(self) -> int:
+        """Number of tokens that each layer and head has keys and values of."""
+        return int(self.keys.shape[2])
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of K and V."""
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes of K and V, and of ``kept``."""
+        return self.keys.nbytes + self.values.nbytes + (0 if self.kept is None else self.kept.nbytes)
 
 
 def check_document_id(document_id: str) -> None:

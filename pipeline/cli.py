@@ -81,7 +81,10 @@ def precompute(
         str | None, typer.Option(help="A file that cannot be read: 'fail' (default) or 'skip' it.")
     ] = None,
     namespace: Annotated[str | None, typer.Option(help="Namespace of the documents. [default]")] = None,
-    codec: Annotated[str | None, typer.Option(help="How keys and values become bytes. [raw]")] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(help="How keys and values become bytes, e.g. int4 or int4:keep=0.5,scorer=knorm. [raw]"),
+    ] = None,
     storage_option: Annotated[
         Texts, typer.Option(help="KEY=VALUE for the store's file system. May be repeated.")
     ] = None,

@@ -95,7 +95,7 @@ def _run(config: PrecomputeConfig) -> Summary:
     for table in scan.select_columns(small).iter_batches(batch_size=4096, batch_format="pyarrow"):
         planner.add(table.to_pylist())
     planner.check(bad_files=config.bad_files, title_column=config.title_column)
-    plan = planner.plan(store, codec=config.codec, replace=config.replace)
+    plan = planner.plan(store, codec=store.codec, replace=config.replace)
     committer = Committer(store, summary, plan, config.commit_interval_s, replace=config.replace)
     try:
         if plan.encode:

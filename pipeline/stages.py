@@ -149,7 +149,6 @@ class ShardEncoder:
                 f"the model {settings.model!r} on this node is not the one on the driver's: "
                 "its fingerprint differs. Give all nodes the same files."
             )
-        self._encoder = DocumentEncoder(model, max_batch_tokens=settings.max_batch_tokens)
         self._store = DocumentStore.open(
             settings.store,
             fingerprint=model.fingerprint,
@@ -157,6 +156,7 @@ class ShardEncoder:
             codec=settings.codec,
             storage_options=dict(settings.storage_options) or None,
         )
+        self._encoder = DocumentEncoder(model, max_batch_tokens=settings.max_batch_tokens, prune=self._store.pruning)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Encode and store chunks; returns ``RESULT_SCHEMA``, which holds no keys or values."""

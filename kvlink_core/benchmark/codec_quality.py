@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -196,7 +196,7 @@ def compare(
 
 
 def _as(cache: DocumentCache, dtype: torch.dtype) -> DocumentCache:
-    return DocumentCache(cache.token_ids, cache.keys.to(dtype), cache.values.to(dtype))
+    return replace(cache, keys=cache.keys.to(dtype), values=cache.values.to(dtype))
 
 
 def _reference(

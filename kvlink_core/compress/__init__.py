@@ -9,7 +9,9 @@ from kvlink_core.compress.codec import (
     codec_spec,
     dtype_name,
 )
+from kvlink_core.compress.pruning import pruning_of
 from kvlink_core.compress.registry import codec_names, get_codec, make_codec
+from kvlink_core.compress.scorers import scorer_names
 
 __all__ = [
     "DTYPES",
@@ -22,4 +24,6 @@ __all__ = [
     "dtype_name",
     "get_codec",
     "make_codec",
+    "pruning_of",
+    "scorer_names",
 ]

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from kvlink_core.errors import PayloadCorruptError
+from kvlink_core.errors import PayloadCorruptError, PrunedCacheError
 from kvlink_core.types import DocumentCache
 
 #: What a parameter may be: anything that JSON writes and reads back unchanged.
@@ -36,7 +36,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """The shape of a document cache: keys ``[layers, kv_heads, tokens, head_dim]``, values with ``value_dim``."""
+    """The shape of a document cache: keys ``[layers, kv_heads, tokens, head_dim]``, values with ``value_dim``.
+
+    That of a pruned document is the shape that it had; how many of its ``tokens`` are left, its codec says.
+    """
 
     layers: int
     kv_heads: int
@@ -47,7 +50,13 @@ class CacheShape:
 
     @classmethod
     def of(cls, cache: DocumentCache) -> CacheShape:
-        """The shape of ``cache``."""
+        """The shape of ``cache``.
+
+        Raises:
+            PrunedCacheError: it lacks tokens, which no codec stores that does not prune.
+        """
+        if cache.kept is not None:
+            raise PrunedCacheError("a pruned cache can be stored by a codec with keep alone.", param="codec")
         layers, kv_heads, tokens, head_dim = cache.keys.shape
         return cls(layers, kv_heads, tokens, head_dim, cache.values.shape[3], dtype_name(cache.keys.dtype))
 
@@ -87,7 +96,7 @@ class EncodedDocument:
     """A document cache as a codec wrote it.
 
     Attributes:
-        shape: of the cache that it decodes to.
+        shape: of the cache that it decodes to, before pruning.
         token_ids: int64 ``[tokens]``.
         columns: by name, exactly those of the codec.
         params: what decoding this very document needs beyond the codec's own parameters.

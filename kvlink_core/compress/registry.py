@@ -8,6 +8,7 @@ from kvlink_core.compress.affine import Affine
 from kvlink_core.compress.codec import Codec, ParamValue
 from kvlink_core.compress.fp8 import Float8
 from kvlink_core.compress.lossless import LosslessCodec
+from kvlink_core.compress.pruning import RULES, pruned, pruning_of
 from kvlink_core.compress.quantised import QuantisedCodec
 from kvlink_core.compress.raw import RawCodec
 from kvlink_core.errors import ConfigError, UnknownCodecError
@@ -27,14 +28,21 @@ def codec_names() -> tuple[str, ...]:
 
 
 def make_codec(name: str, params: Mapping[str, ParamValue]) -> Codec:
-    """The codec of that name. Raises ``UnknownCodecError``, or ``ConfigError`` for parameters it does not have."""
+    """The codec of that name, with ``keep`` among its parameters a pruned one.
+
+    Raises ``UnknownCodecError``, or ``ConfigError`` for parameters it does not have.
+    """
     if name not in _FACTORIES:
         raise UnknownCodecError(f"no codec {name!r}; there are: {', '.join(codec_names())}", param="codec")
-    return _FACTORIES[name](params)
+    own = {key: value for key, value in params.items() if key not in RULES}
+    return pruned(_FACTORIES[name](own), {key: params[key] for key in params.keys() & RULES.keys()})
 
 
 def get_codec(spec: str) -> Codec:
-    """The codec that a user wrote as ``name`` or ``name:key=value,...``. Raises like ``make_codec``."""
+    """The codec that a user wrote as ``name`` or ``name:key=value,...``.
+
+    Raises like ``make_codec``, and ``UnknownScorerError``.
+    """
     name, _, rest = spec.partition(":")
     params: dict[str, ParamValue] = {}
     for part in rest.split(",") if rest else []:
@@ -42,7 +50,9 @@ def get_codec(spec: str) -> Codec:
         if not key or not equals or key in params:
             raise ConfigError(f"codec {spec!r} is not of the form name:key=value,key=value", param="codec")
         params[key] = _parse(value)
-    return make_codec(name, params)
+    made = make_codec(name, params)
+    pruning_of(made)  # a reader can do without the scorer, but whoever names one should hear that there is none
+    return made
 
 
 def _parse(value: str) -> ParamValue:

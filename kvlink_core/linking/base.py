@@ -47,6 +47,8 @@ class Linker(Protocol):
 
         Raises:
             ConfigError: a parameter that this model has no room for.
+            PrunedCacheError: pruned caches, and a linker that computes tokens of documents.
+            UnsupportedModelError: pruned caches, and a model that cannot rotate each head by itself.
         """
         ...
 
@@ -61,7 +63,7 @@ def place_at_prompt_positions(
     model: LoadedModel, prompt: Prompt, caches: Sequence[DocumentCache], *, reserve: int
 ) -> LinkedCache:
     """Put every cache at its own positions of this prompt; the rest is left to compute."""
-    linked = LinkedCache(model, prompt, reserve=reserve)
+    linked = LinkedCache(model, prompt, reserve=reserve, caches=caches)
     linked.place_all(caches, model.rotary.tables(torch.arange(prompt.length, device=model.device)))
     linked.seal()
     return linked

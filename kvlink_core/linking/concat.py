@@ -41,7 +41,7 @@ class Concat:
 
         What a layer's window lets a token see goes by the order in the prompt.
         """
-        linked = LinkedCache(model, prompt, reserve=reserve)
+        linked = LinkedCache(model, prompt, reserve=reserve, caches=caches)
         longest = max((cache.tokens for cache in caches), default=0)
         tables = model.rotary.tables(torch.arange(longest, device=model.device))
         for segment, cache in zip(prompt.documents, caches, strict=True):

@@ -1,7 +1,8 @@
 """The key/value cache of one prompt, slot by slot, and the forward pass over what is not in it yet.
 
-Slot = position. Documents are placed once, straight into their slots; the tokens that no cache covers are computed
-in one forward pass that writes its own slots and reads all of them. The engine drives a ``LinkedCache`` only through
+Slot = position, but behind pruned documents, which have fewer slots than tokens. Documents are placed once, straight
+into their slots; the tokens that no cache covers are computed in one forward pass that writes its own slots and reads
+all of them. The engine drives a ``LinkedCache`` only through
 ``compute``, so that another kind of context (shared, paged) can take its place.
 """
 
@@ -16,8 +17,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from kvlink_core.errors import ConfigError
+from kvlink_core.errors import ConfigError, PrunedCacheError
+from kvlink_core.linking.slots import Slots
 from kvlink_core.models import LoadedModel
+from kvlink_core.models.attention import PrunedContext
 from kvlink_core.models.graphs import SlotBuffer
 from kvlink_core.models.memory import view
 from kvlink_core.models.rope import RopeTables
@@ -26,6 +29,7 @@ from kvlink_core.template import FIRST_WRAP_ID
 from kvlink_core.types import DocumentCache
 
 WRAPPED = "this model wraps its documents in trained embeddings"
+PRUNED_REMEDY = "use a linker that computes none (reposition, link-tokens, concat), or a codec without keep."
 WRAPPED_REMEDY = "use the linker 'soft-wrap', or 'full', which leaves them out."
 
 
@@ -36,6 +40,7 @@ class LinkedCache:
         model: the model.
         prompt: the laid-out prompt.
         reserve: slots for tokens to be generated after the prompt.
+        caches: those to be placed, of all documents in order; needed for pruned ones, which then take fewer slots.
 
     Attributes:
         keys, values: ``[layers, kv_heads, capacity, dim]``, with as many slots as needed or more; a slot's content is
@@ -43,12 +48,20 @@ class LinkedCache:
         pending: int64 positions of the prompt, ascending, that the engine has yet to compute.
     """
 
-    def __init__(self, model: LoadedModel, prompt: Prompt, *, reserve: int) -> None:
+    def __init__(
+        self, model: LoadedModel, prompt: Prompt, *, reserve: int, caches: Sequence[DocumentCache] = ()
+    ) -> None:
         self.model = model
         self.prompt = prompt
         self.token_ids = prompt.token_ids()
         self._buffer: SlotBuffer | None = None
-        self.keys, self.values = self._slots(prompt.length + reserve)
+        self._at = Slots(prompt, caches)
+        capacity = prompt.length + reserve - self._at.dropped
+        self.keys, self.values = self._slots(capacity)
+        self._where: torch.Tensor | None = None
+        if self._at.pruned:
+            where = self._at.positions(capacity).to(self.keys.device)
+            self._where = where.repeat(*self.keys.shape[:2], 1)
         self.pending = torch.arange(prompt.length)
         self._placed = torch.zeros(prompt.length, dtype=torch.bool)
         self._first_layers = 0
@@ -84,20 +97,30 @@ class LinkedCache:
 
     @torch.inference_mode()
     def place(self, cache: DocumentCache, start: int, tables: RopeTables) -> None:
-        """Write a document's cache into slots ``start..start+tokens-1``.
+        """Write a document's cache into its slots.
 
         Args:
             cache: the document's unrotated cache, on any device.
-            start: the document's first slot.
+            start: the position of the document's first token.
             tables: RoPE tables for exactly the rotation wanted, ``cache.tokens`` positions.
+
+        Raises:
+            PrunedCacheError: a pruned cache that was not among ``caches``.
+            UnsupportedModelError: a pruned cache, of which this model cannot rotate each head by itself.
         """
-        end = start + cache.tokens
+        first = self._at.first_of(start)
+        at = slice(first, first + cache.slots)
         device = self.keys.device
-        self.model.rotary.place(
-            cache.keys.to(device), cache.values.to(device), tables,
-            self.keys[:, :, start:end], self.values[:, :, start:end],
-        )  # fmt: skip
-        self._placed[start:end] = True
+        keys, values, out = cache.keys.to(device), cache.values.to(device), (self.keys[:, :, at], self.values[:, :, at])
+        if cache.kept is None:
+            self.model.rotary.place(keys, values, tables, *out)
+        else:
+            if self._where is None:
+                raise PrunedCacheError(f"this linker has no slots for pruned caches; {PRUNED_REMEDY}", param="linker")
+            kept = cache.kept.to(device)
+            self.model.rotary.place_kept(keys, values, kept, tables, *out)
+            torch.add(kept, start, out=self._where[:, :, at])
+        self._placed[start : start + cache.tokens] = True
 
     @torch.inference_mode()
     def place_all(self, caches: Sequence[DocumentCache], tables: RopeTables) -> None:
@@ -106,7 +129,14 @@ class LinkedCache:
         Args:
             caches: of all documents of the prompt, in order.
             tables: of positions ``0..length-1``.
+
+        Raises:
+            PrunedCacheError, UnsupportedModelError: as ``place``.
         """
+        if self._at.pruned:
+            for segment, cache in zip(self.prompt.documents, caches, strict=True):
+                self.place(cache, segment.start, tables.slice(segment.start, segment.end))
+            return
         device = self.keys.device
         documents = [(cache.keys.to(device), cache.values.to(device)) for cache in caches]
         starts = []
@@ -125,7 +155,12 @@ class LinkedCache:
 
         Args:
             positions: int64 ``[n]`` on the CPU, in any order.
+
+        Raises:
+            PrunedCacheError: some, and documents are pruned: what is computed has no slots.
         """
+        if len(positions):
+            self._refuse_pruned()
         self._placed[positions] = False
         self.seal()
 
@@ -141,7 +176,9 @@ class LinkedCache:
 
         Raises:
             ConfigError: as ``compute``.
+            PrunedCacheError: as ``recompute``.
         """
+        self._refuse_pruned()
         assert 1 <= layers <= self.keys.shape[0]
         length = self.prompt.length
         self._refuse_wraps(self.token_ids)
@@ -164,8 +201,11 @@ class LinkedCache:
 
         Raises:
             ConfigError: rows of a soft wrap are among the tokens: they are encoded with their document only.
+            UnsupportedModelError: pruned documents reach beyond a window whose mask cannot be made for each head.
         """
         self._refuse_wraps(token_ids)
+        if self._where is not None:
+            return self._compute_pruned(self._where, token_ids, positions)
         lm, keys, values = self.model.lm, self.keys, self.values
 
         # Knows the slots and not this cache: what is recorded of it outlives the cache.
@@ -176,6 +216,21 @@ class LinkedCache:
             return lm.graphs.compute(self._buffer, token_ids, positions, forward)
         length = int(positions[-1]) + 1
         return forward(token_ids.to(lm.device), positions.to(lm.device), length)
+
+    def _compute_pruned(self, where: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """``compute`` where slots are not positions. Without graphs, which take one for the other."""
+        lm, at = self.model.lm, self._at.of(positions)
+        length, slots = int(at[-1]) + 1, at.to(lm.device)
+        pruned = PrunedContext(slots, positions.to(lm.device), where, lm.recipes.numbers)
+        cache = _Slots(lm.recipes.numbers, self.keys, self.values, slots, length)
+        return lm.compute(token_ids.to(lm.device), pruned.positions, length, cache, pruned)
+
+    def _refuse_pruned(self) -> None:
+        if self._at.pruned:
+            raise PrunedCacheError(
+                f"this linker computes tokens of documents, and pruned caches have no slots for them; {PRUNED_REMEDY}",
+                param="linker",
+            )
 
     def _refuse_wraps(self, token_ids: torch.Tensor) -> None:
         if self.model.layout.wrap is not None and int(token_ids.max()) >= FIRST_WRAP_ID:
@@ -189,8 +244,8 @@ class _FirstLayersDone(Exception):
 class _Slots(DynamicCache):  # type: ignore[misc]  # transformers is untyped
     """What a forward pass sees of a ``LinkedCache``: writes new keys into their slots, reads all slots so far.
 
-    ``numbers`` are the model's own of the layers that cache. With ``layers``, raises ``_FirstLayersDone`` once that
-    many layers have written theirs.
+    ``numbers`` are the model's own of the layers that cache; ``positions`` are slots. With ``layers``, raises
+    ``_FirstLayersDone`` once that many layers have written theirs.
     """
 
     def __init__(

@@ -6,7 +6,8 @@ the model means them. Older ones that bring their own attention take an explicit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,12 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
 from kvlink_core.errors import UnsupportedModelError
-from kvlink_core.models.attention import ATTENTION, attending
-from kvlink_core.models.capture import install
+from kvlink_core.models.attention import ATTENTION, PrunedContext, attending, watched
+from kvlink_core.models.capture import RotationCall, install
 from kvlink_core.models.graphs import Graphs
-from kvlink_core.models.key_recipe import Recipes, UnrotatedCache
+from kvlink_core.models.key_recipe import KeyRecipe, Recipes, UnrotatedCache
 from kvlink_core.models.memory import SlotMemory
-from kvlink_core.models.probe import find_recipes
+from kvlink_core.models.probe import attention_modules, find_recipes
+from kvlink_core.models.reading import Reading, Reads, SecondReading, check_reads, query_of
 from kvlink_core.models.rope import Rotary
 
 #: Who masks: our attention, asked by the model; or a mask given with each call, boolean or additive.
@@ -69,17 +71,72 @@ class CausalLM:
             self.decoder(**inputs, past_key_values=cache, use_cache=True)
         return cache
 
+    def check_reads(self, reads: Reads) -> None:
+        """Raise ``UnsupportedModelError`` where ``read`` cannot show that."""
+        check_reads(self.recipes, self.masking, reads)
+
     @torch.inference_mode()
-    def compute(self, token_ids: torch.Tensor, positions: torch.Tensor, length: int, cache: Cache) -> torch.Tensor:
+    def read(
+        self, reads: Reads, lengths: Sequence[int], **inputs: torch.Tensor
+    ) -> tuple[UnrotatedCache, list[Reading]]:
+        """``encode``, and what else is to be seen of each document.
+
+        Args:
+            reads: what; ``check_reads`` must have accepted it.
+            lengths: tokens of each document.
+            inputs: as for ``encode``; for ``again`` every document stands twice in its row, one right behind the other.
+        """
+        queries: list[torch.Tensor] = []
+
+        def note(recipe: KeyRecipe | None, calls: Sequence[RotationCall]) -> None:
+            assert recipe is not None
+            queries.append(query_of(recipe, calls))
+
+        second = SecondReading(self.recipes, lengths)
+        with UnrotatedCache(self.recipes, note if reads == "queries" else None) as cache, ExitStack() as watching:
+            if reads == "again":
+                watching.enter_context(watched(second))
+            self.decoder(**inputs, past_key_values=cache, use_cache=True)
+        modules = attention_modules(self.decoder)
+        scaling = [
+            float(getattr(modules.get(number), "scaling", None) or self.recipes.key_dim**-0.5)
+            for number in self.recipes.numbers
+        ]
+        readings = []
+        for row, tokens in enumerate(lengths):
+            seen = second.attention[row]
+            readings.append(
+                Reading(
+                    self.rotary.rotate,
+                    [q[row, :, :tokens] for q in queries],
+                    scaling,
+                    [seen[layer] for layer in range(len(self.recipes.numbers))] if reads == "again" else [],
+                )
+            )
+        return cache, readings
+
+    @torch.inference_mode()
+    def compute(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        length: int,
+        cache: Cache,
+        pruned: PrunedContext | None = None,
+    ) -> torch.Tensor:
         """Run some tokens of one prompt, which see their earlier positions among slots ``0..length-1`` of ``cache``.
 
         Args:
             token_ids, positions: int64 ``[n]`` on the model's device; positions ascending.
-            length: slots that exist so far; the last position is ``length - 1``.
+            length: slots that exist so far, the last of which is the last token's.
             cache: its ``update`` takes the keys and values of the computed tokens and returns those of all slots.
+            pruned: where slots are not positions.
 
         Returns:
             Float32 logits ``[vocabulary]`` after the last token.
+
+        Raises:
+            UnsupportedModelError: for ``pruned``, where windows cannot be told from each other (see ``attention``).
         """
         inputs = {
             "input_ids": token_ids.unsqueeze(0),
@@ -91,10 +148,11 @@ class CausalLM:
         if positions.shape[0] == length:  # nothing is there yet: the model's own causal mask, with the fastest kernels
             output = self.network(**inputs)
         elif self.masking == "asked":
-            with attending(positions, length):
+            with attending(positions if pruned is None else pruned.slots, length, pruned):
                 output = self.network(**inputs)
         else:
-            seen = torch.arange(length, device=positions.device) <= positions[:, None]
+            slots = positions if pruned is None else pruned.slots
+            seen = torch.arange(length, device=positions.device) <= slots[:, None]
             output = self.network(**inputs, attention_mask=self._given(seen[None, None]))
         return output.logits[0, -1].float()  # type: ignore[no-any-return]
 

@@ -193,17 +193,26 @@ class UnrotatedCache(Recorder):
 
     Use as a context manager around the forward; afterwards ``keys[layer]`` is ``[batch, kv_heads, tokens, key_dim]``,
     and ``values[layer]`` ``[batch, kv_heads, tokens, value_dim]``.
+
+    Args:
+        recipes: of the model.
+        watch: is told of each layer's recipe and its rotating calls.
     """
 
-    def __init__(self, recipes: Recipes) -> None:
+    def __init__(
+        self, recipes: Recipes, watch: Callable[[KeyRecipe | None, Sequence[RotationCall]], None] | None = None
+    ) -> None:
         super().__init__()
         self._recipes = recipes.layers
+        self._watch = watch
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
 
     def keep(self, calls: Sequence[RotationCall], keys: torch.Tensor, values: torch.Tensor) -> None:
         """See ``Recorder.keep``."""
         recipe = self._recipes[len(self.keys)]
+        if self._watch is not None:
+            self._watch(recipe, calls)
         if recipe is not None:
             keys = recipe.unrotated(calls, keys) if recipe.slot == "key" else keys
             values = recipe.unrotated(calls, values) if recipe.slot == "value" else values

@@ -50,7 +50,7 @@ def find_recipes(network: Any, decoder: Any) -> Recipes:
         raise UnsupportedModelError(
             "the layers of this model cache keys of different shapes; a document cache holds one shape for all layers."
         )
-    modules = _attention_modules(decoder)
+    modules = attention_modules(decoder)
     layers = tuple(
         _find(number, calls, (keys, values), watch, modules.get(number))
         for number, (calls, keys, values) in zip(probe.numbers, probe.layers, strict=True)
@@ -112,7 +112,7 @@ class _TableWatch:
         return None
 
 
-def _attention_modules(decoder: torch.nn.Module) -> dict[int, torch.nn.Module]:
+def attention_modules(decoder: torch.nn.Module) -> dict[int, torch.nn.Module]:
     """The modules that know which layer they are and attend, by layer."""
     found: dict[int, torch.nn.Module] = {}
     for module in decoder.modules():

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from kvlink_core.errors import UnsupportedModelError
 from kvlink_core.models.key_recipe import KeyRecipe, Recipes, Tables, rotate_in_halves
 from kvlink_core.text import first_line
 
@@ -45,6 +46,7 @@ class Rotary:
             numbers = [number for number, _ in layers]
             self._runs.append((numbers[0], numbers[-1] + 1, recipe))
         self._fused = _Fused()
+        self._rows_checked = False
 
     @torch.inference_mode()
     def tables(self, positions: torch.Tensor) -> RopeTables:
@@ -72,6 +74,69 @@ class Rotary:
             place(
                 recipe, keys[begin:end], values[begin:end], tables.sources, out_keys[begin:end], out_values[begin:end]
             )
+
+    @torch.inference_mode()
+    def place_kept(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        kept: torch.Tensor,
+        tables: RopeTables,
+        out_keys: torch.Tensor,
+        out_values: torch.Tensor,
+    ) -> None:
+        """``place`` for a pruned document, each of whose layers and heads has keys of other tokens.
+
+        To the model's function every head is a row of a batch, since rows may have positions of their own.
+
+        Args:
+            keys, values: ``[layers, heads, slots, dim]``.
+            kept: ``[layers, heads, slots]``, which token each is.
+            tables: of all tokens of the document, in order.
+            out_keys, out_values: of the shapes of ``keys`` and ``values``.
+
+        Raises:
+            UnsupportedModelError: the model's function takes no such rows.
+        """
+        self._check_rows(keys.device)
+        for begin, end, recipe in self._runs:
+            of_run = (kept[begin:end], keys[begin:end], values[begin:end], out_keys[begin:end], out_values[begin:end])
+            _place_rows(recipe, tables, *of_run)
+
+    def _check_rows(self, device: torch.device) -> None:
+        """Try each recipe with rows at positions of their own, once, against the same rows one by one."""
+        if self._rows_checked:
+            return
+        for recipe in dict.fromkeys(recipe for _, _, recipe in self._runs):
+            if recipe is not None and not self._takes_rows(recipe, device):
+                raise UnsupportedModelError(
+                    f"{recipe.function.__name__} of this model cannot rotate heads to positions of their own, which "
+                    "pruned caches need. Use caches of a codec without keep."
+                )
+        self._rows_checked = True
+
+    def _takes_rows(self, recipe: KeyRecipe, device: torch.device) -> bool:
+        kept = torch.tensor([[[0, 1, 2, 3], [2, 5, 7, 9], [1, 4, 30, 31]]], device=device)
+        dim = self._recipes.key_dim if recipe.slot == "key" else self._recipes.value_dim
+        keys = torch.randn(1, 3, 4, dim, generator=torch.Generator().manual_seed(0)).to(device)
+        rows = torch.empty_like(keys)
+        try:
+            _rotate_rows(recipe, self.tables(torch.arange(32, device=device)), kept, keys, rows)
+        except RuntimeError:
+            return False
+        alone = torch.empty_like(keys)
+        for head, positions in enumerate(kept[0]):
+            _rotate(recipe, keys[:, head, None], self.tables(positions).sources, alone[:, head, None])
+        return bool(torch.allclose(rows, alone, rtol=1e-5, atol=1e-5))
+
+    @torch.inference_mode()
+    def rotate(self, layer: int, vectors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Keys or queries of one layer, float32 ``[heads, n, dim]``, rotated to int64 positions ``[n]``."""
+        recipe = self._recipes.layers[layer]
+        if recipe is None:
+            return vectors
+        made = recipe.rotated(vectors[None], self.tables(positions).sources)[0]
+        return made if recipe.after is None else recipe.after(made)
 
     @torch.inference_mode()
     def place_all(
@@ -137,6 +202,43 @@ def _place(
             out.copy_(stored)
         else:
             _rotate(recipe, stored, tables, out)
+
+
+def _place_rows(
+    recipe: KeyRecipe | None,
+    tables: RopeTables,
+    kept: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out_keys: torch.Tensor,
+    out_values: torch.Tensor,
+) -> None:
+    """What ``Rotary.place_kept`` does, for layers with one recipe."""
+    for slot, stored, out in (("key", keys, out_keys), ("value", values, out_values)):
+        if recipe is None or recipe.slot != slot:
+            out.copy_(stored)
+            continue
+        step = stored.shape[0]
+        if stored.device.type == "cpu":
+            step = max(1, _CACHE_BYTES // (4 * stored[0].numel()))
+        for first in range(0, stored.shape[0], step):
+            part = slice(first, first + step)
+            _rotate_rows(recipe, tables, kept[part], stored[part], out[part])
+
+
+def _rotate_rows(
+    recipe: KeyRecipe, tables: RopeTables, kept: torch.Tensor, keys: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Rotate ``[layers, heads, slots, dim]``, each head of each layer as a row with tables of its own."""
+    slots, dim = keys.shape[2:]
+    where = kept.reshape(-1, slots).to(torch.int64)
+    of_rows: list[tuple[torch.Tensor, ...]] = [() for _ in tables.sources]
+    of_rows[recipe.source] = tuple(part[0][where] for part in tables.sources[recipe.source])
+    rows, into = keys.reshape(-1, 1, slots, dim), out.view(-1, 1, slots, dim)
+    if keys.device.type == "cpu":
+        _rotate_here(recipe, rows, of_rows, into)
+    else:
+        _rotate(recipe, rows, of_rows, into)
 
 
 def _place_here(

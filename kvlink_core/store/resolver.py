@@ -219,7 +219,7 @@ class DocumentResolver:
 
     def _misfit(self, cache: DocumentCache) -> PayloadForeignError | None:
         """Why a sound payload is not one of this model, if so: its shape would be broadcast, not refused, later on."""
-        keys, values = self.model.recipes.shapes(cache.tokens)
+        keys, values = self.model.recipes.shapes(cache.slots)
         fits = cache.keys.shape == keys and cache.values.shape == values
         if fits and cache.keys.dtype == cache.values.dtype == self.model.dtype:
             return None

@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import IO, TypeVar
 
-from kvlink_core.compress import Codec, EncodedDocument, codec_spec, dtype_name, get_codec
+from kvlink_core.compress import Codec, EncodedDocument, codec_spec, dtype_name, get_codec, pruning_of
+from kvlink_core.compress.pruning import Pruning
 from kvlink_core.errors import (
     DuplicateDocumentError,
     EmptyDocumentError,
@@ -128,6 +129,14 @@ class DocumentStore:
 
     # Writing
 
+    @property
+    def pruning(self) -> Pruning | None:
+        """For the ``DocumentEncoder`` whose caches are written here: how its codec prunes, if it does.
+
+        What only looks at the cache is done by ``write_shard`` as well; what looks at the model must be done there.
+        """
+        return pruning_of(self._codec)
+
     def write_shard(self, entries: Sequence[tuple[str, DocumentCache]]) -> list[CatalogRow]:
         """Write one immutable file with the caches of ``(document id, cache)``, invisible until its rows are committed.
 
@@ -138,6 +147,7 @@ class DocumentStore:
             EmptyDocumentError, InputError, CorpusError: a cache of no tokens; an id that cannot be stored; too large a
                 document.
             FingerprintMismatchError: a cache of another dtype than the fingerprint says.
+            PrunedCacheError: a cache pruned otherwise than the codec does, or not, though only an encoder can.
             StoreUnavailableError: it cannot be written.
         """
         if not entries:

@@ -48,9 +48,9 @@ def export(
 ) -> Export:
     """Write documents of one namespace to ``directory``, decoded: what a linker would get.
 
-    For each document two files of one name: ``<name>.safetensors`` with ``token_ids``, ``keys`` (before RoPE) and
-    ``values``, shaped as in ``DocumentCache``, and ``<name>.json`` with its id, model, codec and times. The JSON comes
-    last: where it is, the numbers are whole.
+    For each document two files of one name: ``<name>.safetensors`` with ``token_ids``, ``keys`` (before RoPE),
+    ``values`` and, of a pruned document, ``kept``, shaped as in ``DocumentCache``, and ``<name>.json`` with its id,
+    model, codec and times. The JSON comes last: where it is, the numbers are whole.
 
     Args:
         keeper: of the store.

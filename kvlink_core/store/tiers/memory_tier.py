@@ -35,6 +35,7 @@ class _Entry:
     block: Block
     keys: tuple[tuple[int, ...], torch.dtype]
     values: tuple[tuple[int, ...], torch.dtype]
+    kept: bool  # whether the document is pruned
     token_ids: torch.Tensor | None  # where the memory has no place for them
     tokens: int
     leases: int = 0
@@ -44,7 +45,8 @@ class MemoryTier:
     """Copies of document caches in a fixed amount of memory. Safe to use from several threads.
 
     A cache that is lent is not evicted, and its memory is not used for anything else, until the last tensor of it is
-    gone. Token ids count like keys and values, but on an accelerator's, where they stay in ordinary memory.
+    gone. The positions of a pruned cache count like keys and values, and so do token ids, but on an accelerator's, where
+    they stay in ordinary memory.
     """
 
     def __init__(self, memory: Memory) -> None:
@@ -83,7 +85,8 @@ class MemoryTier:
 
     def put(self, key: CacheKey, cache: DocumentCache) -> bool:
         """Keep a copy of ``cache``, evicting others for it; false when there is no room that is not in use."""
-        in_block = [cache.keys, cache.values] + ([] if self._memory.on_device else [cache.token_ids])
+        in_block = [cache.keys, cache.values] + ([] if cache.kept is None else [cache.kept])
+        in_block += [] if self._memory.on_device else [cache.token_ids]
         with self._lock:
             self._settle()
             if key in self._entries or key in self._filling:
@@ -95,7 +98,7 @@ class MemoryTier:
             self._filling.add(key)
         entry = _Entry(
             block, (tuple(cache.keys.shape), cache.keys.dtype), (tuple(cache.values.shape), cache.values.dtype),
-            cache.token_ids.cpu().clone() if self._memory.on_device else None, cache.tokens,
+            cache.kept is not None, cache.token_ids.cpu().clone() if self._memory.on_device else None, cache.tokens,
         )  # fmt: skip
         try:
             self._fill(entry, cache)
@@ -116,6 +119,8 @@ class MemoryTier:
         into = self._cache(entry, self._memory.lend(entry.block, lambda: None))
         _copy(cache.keys, into.keys)
         _copy(cache.values, into.values)
+        if cache.kept is not None and into.kept is not None:
+            _copy(cache.kept, into.kept)
         if not self._memory.on_device:
             _copy(cache.token_ids, into.token_ids)
 
@@ -152,8 +157,11 @@ class MemoryTier:
     def _cache(self, entry: _Entry, lent: torch.Tensor) -> DocumentCache:
         keys, at = _part(lent, 0, *entry.keys)
         values, at = _part(lent, at, *entry.values)
+        kept = None
+        if entry.kept:
+            kept, at = _part(lent, at, entry.keys[0][:3], torch.int32)
         token_ids = entry.token_ids if entry.token_ids is not None else _part(lent, at, (entry.tokens,), torch.int64)[0]
-        return DocumentCache(token_ids, keys, values)
+        return DocumentCache(token_ids, keys, values, kept)
 
 
 def _rounded(nbytes: int) -> int:
