@@ -99,6 +99,7 @@ class ServiceConfig(_Settings):
     )
     store: str | None = Field(description="path or URL of the store; null: encode every document in place")
     namespace: str = Field(default="default", min_length=1)
+    codec: str = Field(default="raw", min_length=1, description="of the store's caches, as precompute was told")
     storage_options: dict[str, str] = {}
     device: str = "cpu"
     dtype: str | None = None

@@ -40,6 +40,7 @@ def open_store(settings: ServiceConfig, fingerprint: Fingerprint) -> DocumentSto
         settings.store,
         fingerprint=fingerprint,
         namespace=settings.namespace,
+        codec=settings.codec,
         storage_options=settings.storage_options or None,
     )
 

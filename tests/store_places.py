@@ -31,9 +31,12 @@ def make_cache(tokens: int, seed: int, dtype: torch.dtype = torch.float32, layer
 
 def same(found: object, expected: DocumentCache) -> bool:
     """Whether ``found`` is a cache of the very same numbers."""
-    return isinstance(found, DocumentCache) and all(
+    if not isinstance(found, DocumentCache) or (found.kept is None) != (expected.kept is None):
+        return False
+    names = ["token_ids", "keys", "values"] + ([] if expected.kept is None else ["kept"])
+    return all(
         getattr(found, n).dtype == getattr(expected, n).dtype and torch.equal(getattr(found, n), getattr(expected, n))
-        for n in ("token_ids", "keys", "values")
+        for n in names
     )
 
 

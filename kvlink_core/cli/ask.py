@@ -21,6 +21,7 @@ def ask(
     ] = None,
     store: Annotated[str | None, typer.Option(help="Store to load caches from: a path or an fsspec URL.")] = None,
     namespace: Annotated[str, typer.Option(help="Namespace within the store.")] = "default",
+    codec: Annotated[str, typer.Option(help="Codec of the store's caches.")] = "raw",
     linker: Annotated[
         str | None, typer.Option(help="E.g. `full`, or with a parameter `epic:k=8`; docs/linkers.md has all.")
     ] = None,
@@ -43,7 +44,9 @@ def ask(
     if document_id and store is None:
         raise ConfigError("--id names a document of a store; say which with --store.")
     loaded = load_model(model, device=device, dtype=dtype)
-    opened = DocumentStore.open(store, fingerprint=loaded.fingerprint, namespace=namespace) if store else None
+    opened = (
+        DocumentStore.open(store, fingerprint=loaded.fingerprint, namespace=namespace, codec=codec) if store else None
+    )
     texts = [Document(f"document-{i}", text) for i, text in enumerate(document or [], 1)]
     answer = Session(loaded, opened).start(
         AnswerRequest(

@@ -115,7 +115,7 @@ class PrunedCodec:
         slots = kept_tokens(self._thousandths, cache.tokens)
         if cache.slots != slots:
             raise PrunedCacheError(
-                f"a document of {cache.tokens} tokens was pruned to {cache.slots}, and this codec keeps {slots} of them."
+                f"a document of {cache.tokens} tokens was pruned to {cache.slots}, and this codec keeps {slots}."
             )
         layers, heads, _, head_dim = cache.keys.shape
         shape = CacheShape(

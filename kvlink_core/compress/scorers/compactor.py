@@ -33,7 +33,7 @@ class Compactor:
 
 
 def leverage(keys: torch.Tensor) -> torch.Tensor:
-    """Scores ``[heads, tokens]`` of float32 ``[heads, tokens, dim]``, between 0 and 1; NaN where keys are not finite."""
+    """Scores ``[heads, tokens]`` of float32 ``[heads, tokens, dim]``, 0 to 1; NaN where keys are not finite."""
     centred = keys - keys.mean(dim=1, keepdim=True)
     centred = centred / centred.abs().amax((1, 2), keepdim=True).clamp_min(1e-30)  # so that squares do not overflow
     gram = centred.transpose(1, 2) @ centred

@@ -45,8 +45,8 @@ class MemoryTier:
     """Copies of document caches in a fixed amount of memory. Safe to use from several threads.
 
     A cache that is lent is not evicted, and its memory is not used for anything else, until the last tensor of it is
-    gone. The positions of a pruned cache count like keys and values, and so do token ids, but on an accelerator's, where
-    they stay in ordinary memory.
+    gone. The positions of a pruned cache count like keys and values, and so do token ids, but on an accelerator's,
+    where they stay in ordinary memory.
     """
 
     def __init__(self, memory: Memory) -> None:
