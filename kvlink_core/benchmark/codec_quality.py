@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from kvlink_core.compress import Codec, EncodedDocument
+from kvlink_core.compress import Codec, EncodedDocument, pruning_of
 from kvlink_core.encode import DocumentEncoder
 from kvlink_core.engine import Generation, SamplingParams
 from kvlink_core.evaluation.worlds import MAX_ANSWER_TOKENS, held_out
@@ -44,7 +44,7 @@ class Tally:
     right: int = 0
 
     def add_document(self, encoded: EncodedDocument, cache: DocumentCache, decoded: DocumentCache) -> None:
-        """Count one document's bytes and errors."""
+        """Count one document's bytes and errors, those of a pruned one over what is left of it."""
         self.documents += 1
         self.tokens += cache.tokens
         self.stored_bytes += sum(column.data.numel() for column in encoded.columns.values())
@@ -180,9 +180,13 @@ def compare(
         caches = [_as(cache, torch.bfloat16) for cache in encoder.encode(documents)]
         loaded = {}
         for name, codec in codecs.items():
-            encoded = [codec.encode(cache) for cache in caches]
+            prune = pruning_of(codec)
+            given = caches
+            if prune is not None:
+                given = [_as(c, torch.bfloat16) for c in DocumentEncoder(model, prune=prune).encode(documents)]
+            encoded = [codec.encode(cache) for cache in given]
             decoded = [codec.decode(document, model.device) for document in encoded]
-            for each in zip(encoded, caches, decoded, strict=True):
+            for each in zip(encoded, given, decoded, strict=True):
                 tallies[name].add_document(*each)
             loaded[name] = [_as(cache, model.dtype) for cache in decoded]
         reference = [_as(cache, model.dtype) for cache in caches]

@@ -1,4 +1,4 @@
-"""Scorers that watch the model: what they see is what transformers' own attention shows, what they make of it is theirs."""
+"""Scorers that watch the model: what they see is what transformers shows, and what they make of it is as published."""
 
 from __future__ import annotations
 
