@@ -20,9 +20,9 @@ from transformers import DynamicCache
 from kvlink_core.errors import ConfigError, PrunedCacheError
 from kvlink_core.linking.slots import Slots
 from kvlink_core.models import LoadedModel
-from kvlink_core.models.attention import PrunedContext
 from kvlink_core.models.graphs import SlotBuffer
 from kvlink_core.models.memory import view
+from kvlink_core.models.pruned import PrunedContext
 from kvlink_core.models.rope import RopeTables
 from kvlink_core.prompt import Prompt
 from kvlink_core.template import FIRST_WRAP_ID

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kvlink_core.errors import UnsupportedModelError
+from kvlink_core.models.pruned import PrunedContext
 from kvlink_core.models.split_attention import HIDDEN, split_attention, split_parts
 
 #: The value of ``attn_implementation`` for models that KVLink loads.
@@ -41,47 +41,6 @@ class _Pass:
     length: int
     pruned: PrunedContext | None = None
     blocks: dict[tuple[int, int, torch.dtype], Sequence[_Block]] = field(default_factory=dict)
-    #: Of a pruned context, by the address of a mask: the mask, and the predicate that a layer must ask itself, if any.
-    masks: dict[int, tuple[torch.Tensor, Callable[..., torch.Tensor] | None]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class PrunedContext:
-    """Where the tokens of a context stand of which layers and heads lack some, each others.
-
-    Slots are in the order of the prompt in every head, and a computed token sees all slots before its own: so where
-    nothing but the future is hidden, slots do for positions. Windows and chunks do not go by slots; there each layer
-    asks for each of its heads by itself.
-
-    Attributes:
-        slots: int64 ``[n]``, of the tokens that are computed, ascending.
-        positions: int64 ``[n]``, theirs in the prompt.
-        where: ``[layers, kv_heads, slots]``, the position of what is in each slot.
-        numbers: the model's own number of each of these layers.
-    """
-
-    slots: torch.Tensor
-    positions: torch.Tensor
-    where: torch.Tensor
-    numbers: Sequence[int]
-
-    @property
-    def length(self) -> int:
-        """Positions up to the last token that is computed."""
-        return int(self.positions[-1]) + 1
-
-    def seen(self, rule: Callable[..., torch.Tensor], layer: int | None, heads: int, length: int) -> torch.Tensor:
-        """Boolean ``[1, heads, n, length]``: which slots ``rule`` lets the queries of the heads of a layer see."""
-        if layer not in self.numbers:
-            raise UnsupportedModelError(
-                "a pruned context reaches beyond a window of this model, in a layer that reads another layer's keys: "
-                "which of them it may see cannot be told. Use caches of a codec without keep, or a shorter prompt."
-            )
-        where = self.where[self.numbers.index(layer), :, :length]
-        zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=where.device)
-        seen = rule(zero, zero, self.positions[None, None, :, None], where[None, :, None, :])
-        seen = seen.expand(1, where.shape[0], self.slots.shape[0], length)
-        return seen.repeat_interleave(heads // where.shape[0], dim=1)
 
 
 _active = threading.local()
@@ -140,16 +99,12 @@ def _mask(
         return None
     assert kwargs.get("attention_mask") is None, "padding is not used with a linked cache"
     if now.pruned is not None and not hides_future_alone:
-        stand_in = torch.ones(batch_size, 1, q_length, now.length, dtype=torch.bool, device=now.positions.device)
-        now.masks[stand_in.data_ptr()] = (stand_in, mask_function)
-        return stand_in
+        return now.pruned.asked_by_layer(mask_function, now.length)
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=now.positions.device)
     slots = torch.arange(now.length, device=now.positions.device)
     seen = mask_function(zero, zero, now.positions[None, None, :, None], slots[None, None, None, :])
     seen = seen.expand(batch_size, 1, q_length, now.length)
-    if now.pruned is not None:
-        now.masks[seen.data_ptr()] = (seen, None)
-    return seen
+    return seen if now.pruned is None else now.pruned.shared(seen)
 
 
 def _attention(
@@ -165,31 +120,18 @@ def _attention(
     watch: Watch | None = getattr(_active, "watch", None)
     if watch is not None:
         watch(module, query, key, kwargs.get("scaling"))
+    shared = True
     if now is not None and now.pruned is not None and attention_mask is not None:
-        attention_mask = _of_layer(now, now.pruned, module, attention_mask, query.shape[1])
+        attention_mask, shared = now.pruned.mask_of(module, attention_mask, query.shape[1])
     if any(kwargs.get(name) is not None for name in _BEYOND_SDPA):
         eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
         mask = _additive(attention_mask, query, key)
         return eager(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
-    if now is None or attention_mask is None or attention_mask.shape[:2] != (1, 1) or query.shape[2] == 1:
+    alike = shared and attention_mask is not None and attention_mask.shape[:2] == (1, 1)
+    if now is None or attention_mask is None or not alike or query.shape[2] == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     blocks = _once(now, attention_mask, query, key)
     return _grouped(query, key, value, blocks, kwargs.get("scaling")), None
-
-
-def _of_layer(
-    now: _Pass, pruned: PrunedContext, module: torch.nn.Module, mask: torch.Tensor, heads: int
-) -> torch.Tensor:
-    """The mask of this layer: that of the pass, or, where heads differ, ``[1, heads, queries, slots]``."""
-    if mask.data_ptr() not in now.masks:
-        raise UnsupportedModelError(
-            "this model changes the mask that it is given, so that windows over pruned documents cannot be told apart. "
-            "Use caches of a codec without keep."
-        )
-    _, rule = now.masks[mask.data_ptr()]
-    if rule is None:
-        return mask
-    return pruned.seen(rule, getattr(module, "layer_idx", None), heads, now.length)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
 from kvlink_core.errors import UnsupportedModelError
-from kvlink_core.models.attention import ATTENTION, PrunedContext, attending, watched
+from kvlink_core.models.attention import ATTENTION, attending, watched
 from kvlink_core.models.capture import RotationCall, install
 from kvlink_core.models.graphs import Graphs
 from kvlink_core.models.key_recipe import KeyRecipe, Recipes, UnrotatedCache
 from kvlink_core.models.memory import SlotMemory
 from kvlink_core.models.probe import attention_modules, find_recipes
+from kvlink_core.models.pruned import PrunedContext
 from kvlink_core.models.reading import Reading, Reads, SecondReading, check_reads, query_of
 from kvlink_core.models.rope import Rotary
 
