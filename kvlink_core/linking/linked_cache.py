@@ -133,7 +133,7 @@ class LinkedCache:
         Raises:
             PrunedCacheError, UnsupportedModelError: as ``place``.
         """
-        if self._at.pruned:
+        if any(cache.kept is not None for cache in caches):
             for segment, cache in zip(self.prompt.documents, caches, strict=True):
                 self.place(cache, segment.start, tables.slice(segment.start, segment.end))
             return

@@ -114,4 +114,4 @@ def test_the_service_and_the_commands_take_it(
     assert kvlink("store", "compact", url, "--yes").returncode == 0
     assert kvlink("store", "export", url, str(tmp_path / "plain")).returncode == 0
     names = {json.loads(p.read_text())["document_id"] for p in (tmp_path / "plain").glob("?-*.json")}
-    assert names == {"a", "b"}
+    assert names == set(TEXTS)

@@ -183,7 +183,7 @@ def lying(store: DocumentStore, params: dict[str, Any]) -> None:
 def test_parameters_that_lie_are_refused(local: Place, params: dict[str, Any]) -> None:
     store = local.open(create=True, codec=SPEC)
     lying(store, params)
-    (row,) = store.write_shard([("a", WHOLE["d2"])])
+    (row,) = store.write_shard([("a", left_of(WHOLE)["d2"])])
     asked = replace(row, codec="raw:keep=0.25,scorer=random") if params.get("keep") == 0.25 else row
     (found,) = store.load([asked])
     assert isinstance(found, PayloadCorruptError)
@@ -192,7 +192,7 @@ def test_parameters_that_lie_are_refused(local: Place, params: dict[str, Any]) -
 def test_a_scorer_of_next_year_is_read(local: Place) -> None:
     store = local.open(create=True, codec=SPEC)
     lying(store, {"keep": 0.5, "scorer": "of-next-year"})
-    (row,) = store.write_shard([("a", WHOLE["d2"])])
+    (row,) = store.write_shard([("a", left_of(WHOLE)["d2"])])
     assert isinstance(store.load([row])[0], PayloadForeignError)  # it is not the codec that was asked for
     (found,) = store.load([replace(row, codec="raw:keep=0.5,scorer=of-next-year")])
     assert same(found, left_of(WHOLE)["d2"])
