@@ -115,6 +115,12 @@ class KeyRecipe:
         """The source of its tables; a recipe uses one."""
         return next(a.source for a in self.args if isinstance(a, TableRole))
 
+    @property
+    def sources(self) -> frozenset[int]:
+        """All sources of its tables; those that are buffers hold one table each."""
+        given = (*self.args, *(value for _, value in self.kwargs))
+        return frozenset(a.source for a in given if isinstance(a, TableRole))
+
     def unrotated(self, calls: Sequence[RotationCall], cached: torch.Tensor) -> torch.Tensor:
         """What the layer would cache without RoPE, ``[batch, heads, tokens, dim]``, after a pass with these calls."""
         given = self._heads_first(calls[self.call].args[self.argument]).to(cached.dtype)

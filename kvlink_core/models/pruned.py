@@ -54,14 +54,18 @@ class PrunedContext:
         """The mask of an attention module that was handed ``mask``, and whether other layers have the same.
 
         Raises:
-            UnsupportedModelError: the mask is none of those made here, or the module's keys are another layer's.
+            UnsupportedModelError: the model made the mask out of one that stands for others, or the module's keys are
+                another layer's.
         """
-        if mask.data_ptr() not in self._masks:
+        known = self._masks.get(mask.data_ptr())
+        if known is None and all(rule is None for _, rule in self._masks.values()):
+            return mask, True  # made by the model out of one that holds for all
+        if known is None:
             raise UnsupportedModelError(
                 "this model changes the mask that it is given, so that windows over pruned documents cannot be told "
                 "apart. Use caches of a codec without keep."
             )
-        _, rule = self._masks[mask.data_ptr()]
+        _, rule = known
         if rule is None:
             return mask, True
         number = getattr(module, "layer_idx", None)

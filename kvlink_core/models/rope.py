@@ -232,8 +232,8 @@ def _rotate_rows(
     """Rotate ``[layers, heads, slots, dim]``, each head of each layer as a row with tables of its own."""
     slots, dim = keys.shape[2:]
     where = kept.reshape(-1, slots).to(torch.int64)
-    of_rows: list[tuple[torch.Tensor, ...]] = [() for _ in tables.sources]
-    of_rows[recipe.source] = tuple(part[0][where] for part in tables.sources[recipe.source])
+    used = recipe.sources
+    of_rows = [tuple(part[0][where] for part in s) if i in used else () for i, s in enumerate(tables.sources)]
     rows, into = keys.reshape(-1, 1, slots, dim), out.view(-1, 1, slots, dim)
     if keys.device.type == "cpu":
         _rotate_here(recipe, rows, of_rows, into)
