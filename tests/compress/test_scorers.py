@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,9 @@ def test_a_second_reading_is_what_the_model_attends_to(directory: Path) -> None:
             heads = weights[0, :, length:, :length].amax(1)
             expected = heads.view(model.recipes.kv_heads, -1, length).amax(1)
             torch.testing.assert_close(reading.attention[layer], expected, rtol=1e-4, atol=1e-5)
+            norms = torch.tensor([[math.hypot(*v.tolist()) for v in head] for head in cache.values[layer]])
+            scores = get_scorer("repeat").score(cache, reading)[layer]
+            torch.testing.assert_close(scores, expected * norms, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(cache.keys, alone[length].keys, rtol=0, atol=2e-5)
         torch.testing.assert_close(cache.values, alone[length].values, rtol=0, atol=2e-5)
 

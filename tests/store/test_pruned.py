@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file
 from store_keeping import OURS, check, keeping, put
-from store_places import Place, make_cache, same
+from store_places import FINGERPRINT, Place, make_cache, same
 
 from kvlink_core.compress import EncodedColumn, EncodedDocument, get_codec, pruning, pruning_of
 from kvlink_core.errors import PayloadCorruptError, PayloadForeignError, PrunedCacheError
@@ -187,6 +193,54 @@ def test_parameters_that_lie_are_refused(local: Place, params: dict[str, Any]) -
     asked = replace(row, codec="raw:keep=0.25,scorer=random") if params.get("keep") == 0.25 else row
     (found,) = store.load([asked])
     assert isinstance(found, PayloadCorruptError)
+
+
+def test_a_shard_written_by_hand_is_read(local: Place) -> None:
+    """After the letter of FORMAT.md, with pyarrow, hashlib and json alone: two layers, one head, 5 of 9 tokens."""
+    tokens = np.arange(100, 109, dtype="<u4").tobytes()
+    kept = [[0, 1, 4, 7, 8], [2, 3, 5, 6, 8]]
+    numbers = np.arange(2 * 5 * 4, dtype="<f4").reshape(2, 5, 4)
+    columns = {
+        "kept": [sum(1 << t for t in layer).to_bytes(2, "little") for layer in kept],
+        "k": [layer.tobytes() for layer in numbers],
+        "v": [(-layer).tobytes() for layer in numbers],
+    }
+    manifest = {
+        "format": 1, "namespace": "default", "fingerprint": FINGERPRINT.digest,
+        "codec": {"name": "raw", "params": {"keep": 0.5, "scorer": "by-hand"}}, "checksum": "xxh3-128",
+        "dtype": "float32", "layers": 2, "kv_heads": 1, "head_dim": 4, "value_dim": 4,
+        "documents": [{
+            "ids": ["a"], "token_digest": hashlib.sha256(tokens).hexdigest(), "tokens": 9, "params": {},
+            "columns": {n: {"bytes": len(b"".join(c)), "checksum": xxhash.xxh3_128_hexdigest(b"".join(c))}
+                        for n, c in columns.items()},
+        }],
+    }  # fmt: skip
+    pairs = {
+        "kvlink.format": "1",
+        "kvlink.manifest": json.dumps(manifest),
+        "kvlink.fingerprint": FINGERPRINT.to_json(),
+    }
+    binary = pa.large_binary()
+    fields = [("layer", pa.int32(), False), ("token_ids", binary, True), *((n, binary, False) for n in columns)]
+    schema = pa.schema([pa.field(*f) for f in fields], metadata=pairs)
+    arrays = [pa.array([0, 1], pa.int32()), pa.array([tokens, None], binary)]
+    table = pa.table([*arrays, *(pa.array(c, binary) for c in columns.values())], schema=schema)
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="NONE", use_dictionary=False, write_statistics=False)
+    data = sink.getvalue()
+    length = int.from_bytes(data[-8:-4], "little")
+    name = hashlib.sha256(data[-8 - length : -8]).hexdigest() + ".parquet"
+    store = local.open(create=True, codec=SPEC)
+    (row,) = store.write_shard([("other", WHOLE["d2"])])
+    local.write(f"shards/{name}", data)
+    digest = hashlib.sha256(tokens).hexdigest()
+    asked = replace(row, shard=name, token_digest=digest, codec="raw:keep=0.5,scorer=by-hand")
+    (found,) = store.load([asked])
+    expected = DocumentCache(
+        torch.arange(100, 109), *(torch.from_numpy(x)[:, None] for x in (numbers, -numbers)),
+        torch.tensor(kept, dtype=torch.int32)[:, None],
+    )  # fmt: skip
+    assert same(found, expected)
 
 
 def test_a_scorer_of_next_year_is_read(local: Place) -> None:

@@ -16,8 +16,8 @@ _SCORERS: Mapping[str, Scorer] = {
     scorer.name: scorer for scorer in (RandomScorer(), KeyNorm(), ExpectedAttention(), Compactor(), Repeat())
 }
 
-#: What prunes where none is named: the best of those here that cost encoding next to nothing (docs/codecs.md).
-DEFAULT_SCORER = "expected-attention"
+#: What prunes where none is named: the best of them (docs/pruning.md).
+DEFAULT_SCORER = "repeat"
 
 __all__ = ["DEFAULT_SCORER", "Scorer", "get_scorer", "scorer_names"]
 

@@ -1,4 +1,4 @@
-"""What a scorer is, and what several scorers share."""
+"""What a scorer is."""
 
 from __future__ import annotations
 
@@ -28,10 +28,3 @@ class Scorer(Protocol):
             reading: what ``reads`` says, of the same document; ``None`` for ``cache``.
         """
         ...
-
-
-def with_ends(scores: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    """``scores``, infinite for the first and the last tokens of the document, so that these are kept."""
-    tokens = scores.shape[2]
-    ends = torch.arange(tokens, device=scores.device)
-    return scores.masked_fill((ends < first) | (ends >= tokens - last), torch.inf)
