@@ -15,6 +15,7 @@ from kvlink_core.conformance.walk import quiet
 from kvlink_core.encode import DocumentEncoder
 from kvlink_core.errors import UnsupportedModelError
 from kvlink_core.linking import get_linker
+from kvlink_core.models.causal_lm import CausalLM
 from kvlink_core.prompt import Prompt
 from kvlink_core.types import DocumentCache
 
@@ -34,7 +35,7 @@ def still() -> Iterator[None]:
         yield
 
 
-def expected(name: str, prompt: Prompt, generated: list[int], patch: pytest.MonkeyPatch, lm: object) -> torch.Tensor:
+def expected(prompt: Prompt, generated: list[int], patch: pytest.MonkeyPatch, lm: CausalLM) -> torch.Tensor:
     """DESIGN's oracle, told that tokens behind a document do not see what was taken from it."""
     length = prompt.length + len(generated)
     dropped, owner = torch.zeros(length, dtype=torch.bool), torch.full((length,), -1)
@@ -46,7 +47,7 @@ def expected(name: str, prompt: Prompt, generated: list[int], patch: pytest.Monk
     before = oracle._seen
     with patch.context() as patched:
         patched.setattr(oracle, "_seen", lambda *args: before(*args) & ~hidden)
-        return oracle.oracle_logits(lm, prompt, generated, isolate=True)  # type: ignore[arg-type]
+        return oracle.oracle_logits(lm, prompt, generated, isolate=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
