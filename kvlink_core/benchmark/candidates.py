@@ -116,7 +116,7 @@ class StockFloor:
         self._ready = ready  # its memory is lent to it alone
         self._model = ready.model
         numbers = ready.model.recipes.numbers
-        context = ready.prompt.length - tokens
+        context = ready.prompt_slots - tokens
         pairs: list[tuple[torch.Tensor | None, torch.Tensor | None]] = [(None, None)] * (numbers[-1] + 1)
         for number, keys, values in zip(numbers, ready.keys, ready.values, strict=True):
             pairs[number] = (keys[None, :, :1], values[None, :, :1])
@@ -126,7 +126,7 @@ class StockFloor:
             for number, keys, values in zip(numbers, ready.keys, ready.values, strict=True)
         ]
         self._rewind()
-        self._token_ids = ready.token_ids[context:][None].to(ready.model.device)
+        self._token_ids = ready.token_ids[ready.prompt.length - tokens :][None].to(ready.model.device)
 
     def _rewind(self) -> None:
         for layer, keys, values in self._context:

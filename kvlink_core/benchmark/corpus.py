@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvlink_core.benchmark.results import Case
-from kvlink_core.compress import EncodedDocument, get_codec
+from kvlink_core.compress import EncodedDocument, get_codec, pruning_of
 from kvlink_core.encode import DocumentEncoder
 from kvlink_core.errors import ConfigError
 from kvlink_core.models import LoadedModel
@@ -32,7 +32,7 @@ class Corpus:
     def __init__(self, model: LoadedModel, directory: Path | None, codec: str) -> None:
         self._model = model
         self._codec = get_codec(codec)
-        self._encoder = DocumentEncoder(model)
+        self._encoder = DocumentEncoder(model, prune=pruning_of(self._codec))
         self._caches: dict[tuple[int, int], DocumentCache] = {}
         self._rows: dict[tuple[int, int], Any] = {}
         self._store = (

@@ -86,6 +86,11 @@ class LinkedCache:
         return view(buffer, 0, shapes[0], model.dtype), view(buffer, size, shapes[1], model.dtype)
 
     @property
+    def prompt_slots(self) -> int:
+        """How many of the slots the prompt takes; pruned documents have fewer than tokens."""
+        return self.prompt.length - self._at.dropped
+
+    @property
     def computed_tokens(self) -> int:
         """Tokens of the prompt that are computed rather than loaded.
 

@@ -86,6 +86,9 @@ class CausalLM:
             reads: what; ``check_reads`` must have accepted it.
             lengths: tokens of each document.
             inputs: as for ``encode``; for ``again`` every document stands twice in its row, one right behind the other.
+
+        Raises:
+            UnsupportedModelError: a layer does not show its attention.
         """
         queries: list[torch.Tensor] = []
 
@@ -106,9 +109,12 @@ class CausalLM:
         readings = []
         for row, tokens in enumerate(lengths):
             seen = second.attention[row]
+            if reads == "again" and len(seen) != len(self.recipes.numbers):
+                raise UnsupportedModelError("not every layer of this model shows its attention; use another scorer.")
             readings.append(
                 Reading(
                     self.rotary.rotate,
+                    self.recipes.layers,
                     [q[row, :, :tokens] for q in queries],
                     scaling,
                     [seen[layer] for layer in range(len(self.recipes.numbers))] if reads == "again" else [],

@@ -27,12 +27,14 @@ class Reading:
 
     Attributes:
         rotate: the model's own rotation.
+        kinds: layers of which this is equal rotate alike.
         queries: before RoPE, ``[heads, tokens, dim]``; for ``queries``.
         scaling: what scores of attention are multiplied with; for ``queries``.
         attention: float32 ``[kv_heads, tokens]``: the most that any query of the second reading gave; for ``again``.
     """
 
     rotate: Rotate
+    kinds: Sequence[KeyRecipe | None]
     queries: Sequence[torch.Tensor] = ()
     scaling: Sequence[float] = ()
     attention: Sequence[torch.Tensor] = ()

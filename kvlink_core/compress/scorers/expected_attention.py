@@ -31,25 +31,35 @@ class ExpectedAttention:
     def score(self, cache: DocumentCache, reading: Reading | None) -> torch.Tensor:
         """See ``Scorer.score``."""
         assert reading is not None
-        layers = [_weights(reading, layer, keys) for layer, keys in enumerate(cache.keys)]
+        turns: dict[object, torch.Tensor] = {}
+        layers = []
+        for layer, (kind, keys) in enumerate(zip(reading.kinds, cache.keys, strict=True)):
+            if kind not in turns:
+                turns[kind] = _turn(reading, layer, keys)
+            layers.append(_weights(reading, layer, keys, turns[kind]))
         weights = torch.stack(layers)
         norms: torch.Tensor = cache.values.float().norm(dim=3)
         return (weights + _FLOOR / cache.tokens) * norms
 
 
-def _weights(reading: Reading, layer: int, keys: torch.Tensor) -> torch.Tensor:
+def _turn(reading: Reading, layer: int, keys: torch.Tensor) -> torch.Tensor:
+    """The rotation averaged over the positions ahead: row *i* is where unit vector *i* goes.
+
+    Rotating is linear: what it does to the unit vectors is its matrix.
+    """
+    _, tokens, dim = keys.shape
+    unit = torch.eye(dim, device=keys.device)[:, None].expand(dim, AHEAD, dim)
+    return reading.rotate(layer, unit, torch.arange(tokens, tokens + AHEAD, device=keys.device)).mean(dim=1)
+
+
+def _weights(reading: Reading, layer: int, keys: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """Expected attention weights ``[kv_heads, tokens]``, the mean over the queries that share a key."""
     kv_heads, tokens, dim = keys.shape
-    device = keys.device
     queries = reading.queries[layer].float()
     mean = queries.mean(dim=1)
     off = queries - mean[:, None]
     covariance = off.transpose(1, 2) @ off / tokens
-    rotated = reading.rotate(layer, keys.float(), torch.arange(tokens, device=device))
-    ahead = torch.arange(tokens, tokens + AHEAD, device=device)
-    # Rotating is linear: what it does to the unit vectors is its matrix, averaged here over the positions ahead.
-    unit = torch.eye(dim, device=device)[:, None].expand(dim, AHEAD, dim)
-    turn = reading.rotate(layer, unit, ahead).mean(dim=1)  # row i: where unit vector i goes
+    rotated = reading.rotate(layer, keys.float(), torch.arange(tokens, device=keys.device))
     mean, covariance = mean @ turn, turn.T @ covariance @ turn
     groups = mean.shape[0] // kv_heads
     mean, covariance = mean.view(kv_heads, groups, dim), covariance.view(kv_heads, groups, dim, dim)
