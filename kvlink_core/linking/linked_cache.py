@@ -2,8 +2,8 @@
 
 Slot = position, but behind pruned documents, which have fewer slots than tokens. Documents are placed once, straight
 into their slots; the tokens that no cache covers are computed in one forward pass that writes its own slots and reads
-all of them. The engine drives a ``LinkedCache`` only through
-``compute``, so that another kind of context (shared, paged) can take its place.
+all of them. The engine drives a ``LinkedCache`` only through ``compute``, so that another kind of context (shared,
+paged) can take its place.
 """
 
 from __future__ import annotations
