@@ -17,6 +17,7 @@ from kvlink_core.models import LoadedModel
 from kvlink_core.prompt import Frame, Prompt
 from kvlink_core.store import DocumentStore
 from kvlink_core.store.resolver import Counters, DocumentResolver, Lookup, ResolvedDocument
+from kvlink_core.store.tiers import CacheStats, TierSettings
 from kvlink_core.types import Document, DocumentCache, DocumentRef, Message
 
 
@@ -107,16 +108,41 @@ class Session:
     Args:
         model: the model.
         store: opened with ``model.fingerprint``, or ``None``: then documents must come as text.
+        tiers: where caches are kept between requests; ``None`` keeps none. With them, ``close`` it.
+
+    Raises:
+        ConfigError: the memory or the directory of ``tiers`` cannot be had.
     """
 
-    def __init__(self, model: LoadedModel, store: DocumentStore | None = None) -> None:
+    def __init__(
+        self, model: LoadedModel, store: DocumentStore | None = None, tiers: TierSettings | None = None
+    ) -> None:
         self.model = model
-        self._resolver = DocumentResolver(model, store)
+        self._resolver = DocumentResolver(model, store, tiers)
+
+    def close(self) -> None:
+        """End the tiers' threads and free their memory; the store stays open. It must not be used afterwards."""
+        self._resolver.close()
 
     @property
     def counters(self) -> Counters:
         """What happened since start."""
         return self._resolver.counters
+
+    @property
+    def tier_stats(self) -> CacheStats | None:
+        """What the tiers hold and did, if there are any."""
+        return self._resolver.tier_stats
+
+    def prefetch(self, request: AnswerRequest) -> None:
+        """Begin to load what ``start`` will load, and return: for a request that has to wait for its turn.
+
+        Raises as ``start`` does for a request that cannot be answered, unless there are no tiers.
+        """
+        if self._resolver.tiered:
+            linker, lookup, _, _ = self._plan(request)
+            if linker.uses_caches:
+                self._resolver.prefetch(lookup)
 
     def start(self, request: AnswerRequest) -> Answer:
         """Answer; returns when the first token is known.
@@ -141,7 +167,7 @@ class Session:
         linked_at = time.perf_counter()
         generation = Generation(linked, request.sampling, max_tokens=max_tokens, stop_ids=self.model.stop_ids)
         done = time.perf_counter()
-        cached = sum(r.tokens for r in resolved if r.origin == "store")
+        cached = sum(r.tokens for r in resolved if r.hit)
         encoded = sum(c.tokens for c in caches) - cached
         return Answer(
             generation,

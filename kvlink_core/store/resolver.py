@@ -10,8 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
 from kvlink_core.encode import DocumentEncoder
 from kvlink_core.errors import (
@@ -26,63 +24,16 @@ from kvlink_core.errors import (
 from kvlink_core.fingerprint import digest_of_tokens
 from kvlink_core.models import LoadedModel
 from kvlink_core.store.catalog import CatalogRow
+from kvlink_core.store.resolved import Counters, Lookup, Origin, ResolvedDocument
 from kvlink_core.store.store import DocumentStore
+from kvlink_core.store.tiered import TieredDocuments
+from kvlink_core.store.tiers import TIERS, CacheStats, Found, TieredCache, TierSettings
 from kvlink_core.template import id_at_place
 from kvlink_core.types import Document, DocumentCache, DocumentRef
 
 logger = logging.getLogger(__name__)
 
-Origin = Literal["store", "encoded", "reencoded-corrupt"]
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedDocument:
-    """Where a document's cache came from. ``origin`` is None while nothing was loaded for it (linker ``full``)."""
-
-    id: str | None
-    tokens: int
-    origin: Origin | None
-
-
-@dataclass(slots=True)
-class Lookup:
-    """The documents of one request, found but not yet loaded.
-
-    ``token_ids`` is known for documents sent as text and filled in for the others when they are loaded.
-    """
-
-    ids: list[str | None]
-    rows: list[CatalogRow | None]
-    token_ids: list[list[int] | None]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each document."""
-        pairs = zip(self.rows, self.token_ids, strict=True)
-        return [len(t) if t is not None else row.tokens if row else 0 for row, t in pairs]
-
-
-@dataclass(slots=True)
-class Counters:
-    """What happened since start. Read at any time; changed under a lock."""
-
-    documents_hit: int = 0
-    documents_encoded: int = 0
-    corrupt_payloads: int = 0
-    requested_tokens: int = 0
-    hit_tokens: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def add(self, **amounts: int) -> None:
-        """Add to several counters at once."""
-        with self._lock:
-            for name, amount in amounts.items():
-                setattr(self, name, getattr(self, name) + amount)
-
-    def as_dict(self) -> dict[str, int]:
-        """A consistent copy."""
-        with self._lock:
-            return {n: getattr(self, n) for n in self.__slots__ if not n.startswith("_")}
+__all__ = ["Counters", "DocumentResolver", "Lookup", "Origin", "ResolvedDocument"]
 
 
 class DocumentResolver:
@@ -91,10 +42,22 @@ class DocumentResolver:
     Args:
         model: encodes what is missing.
         store: opened with the model's fingerprint, or ``None`` to encode everything.
+        tiers: where to keep caches, and when to compute instead of loading; ``None`` keeps nothing and always loads.
+            ``close`` then has something to close.
         refresh_after: least seconds between two looks for documents that were added or replaced.
+
+    Raises:
+        ConfigError: the memory or the directory of ``tiers`` cannot be had.
     """
 
-    def __init__(self, model: LoadedModel, store: DocumentStore | None = None, *, refresh_after: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        store: DocumentStore | None = None,
+        tiers: TierSettings | None = None,
+        *,
+        refresh_after: float = 1.0,
+    ) -> None:
         self.model = model
         self.store = store
         self.counters = Counters()
@@ -102,6 +65,25 @@ class DocumentResolver:
         self._refresh_after = refresh_after
         self._refreshed = time.monotonic()
         self._refresh_lock = threading.Lock()
+        self._near: TieredDocuments | None = None
+        if tiers is not None:
+            cache = TieredCache(tiers, device=model.device, payloads=store, accept=self._misfit)
+            self._near = TieredDocuments(cache, store, model.fingerprint.digest)
+
+    def close(self) -> None:
+        """End the tiers' threads and free their memory; the store stays open. It must not be used afterwards."""
+        if self._near is not None:
+            self._near.tiers.close()
+
+    @property
+    def tiered(self) -> bool:
+        """Whether there are tiers."""
+        return self._near is not None
+
+    @property
+    def tier_stats(self) -> CacheStats | None:
+        """What the tiers hold and did, if there are any."""
+        return None if self._near is None else self._near.tiers.stats
 
     def lookup(self, documents: Sequence[Document | DocumentRef]) -> Lookup:
         """Find documents in the catalog; loads no payload.
@@ -172,7 +154,7 @@ class DocumentResolver:
             # Counted from now also when it fails: a store that is away must not be asked for each request.
             self._refreshed = time.monotonic()
             try:
-                self.store.refresh()
+                (self.store if self._near is None else self._near).refresh()
             except StoreUnavailableError as error:
                 logger.warning("cannot look for new documents, going on with those known: %s", error)
 
@@ -191,31 +173,34 @@ class DocumentResolver:
                     lookup.token_ids[i] = tokens[row.token_digest]
         return [t for t in lookup.token_ids if t is not None]
 
-    def _load_stored(self, rows: dict[str, CatalogRow]) -> tuple[dict[str, DocumentCache], dict[str, Origin]]:
-        """What the store gives for rows by token digest; what it refuses or cannot give now is left out."""
-        caches: dict[str, DocumentCache] = {}
-        origins: dict[str, Origin] = {}
+    def _load_stored(self, rows: dict[str, CatalogRow]) -> dict[str, Found]:
+        """What the store gives for rows by token digest; nothing while it does not answer."""
         if not rows:
-            return caches, origins
+            return {}
         assert self.store is not None
         try:
             payloads = self.store.load(list(rows.values()))
         except StoreUnavailableError as error:
-            logger.warning("the store does not answer, computing %d documents: %s", len(rows), error)
-            return caches, origins
-        for (digest, row), loaded in zip(rows.items(), payloads, strict=True):
-            refused = loaded if isinstance(loaded, PayloadError) else self._misfit(loaded)
-            if refused is not None:
-                logger.warning(
-                    "document %r: stored payload refused (%s: %s); computing it again",
-                    row.document_id, refused.code, refused,
-                )  # fmt: skip
-                self.counters.add(corrupt_payloads=1)
-                origins[digest] = "reencoded-corrupt"
-            elif isinstance(loaded, DocumentCache):
-                caches[digest] = loaded
-                origins[digest] = "store"
-        return caches, origins
+            return dict.fromkeys(rows, Found(unavailable=error))
+        found: dict[str, Found] = {}
+        for digest, loaded in zip(rows, payloads, strict=True):
+            if isinstance(loaded, DocumentCache) and (refused := self._misfit(loaded)) is None:
+                found[digest] = Found(loaded, "store")
+            else:
+                found[digest] = Found(refused=loaded if isinstance(loaded, PayloadError) else refused)
+        return found
+
+    def _distrust(self, found: dict[str, Found], rows: dict[str, CatalogRow]) -> None:
+        """Count and log what was refused, and log what was not to be had."""
+        away = [f.unavailable for f in found.values() if f.unavailable is not None]
+        if away:
+            logger.warning("the store does not answer, computing %d documents: %s", len(away), away[0])
+        for digest, refused in ((d, f.refused) for d, f in found.items() if f.refused is not None):
+            logger.warning(
+                "document %r: stored payload refused (%s: %s); computing it again",
+                rows[digest].document_id, refused.code, refused,
+            )  # fmt: skip
+            self.counters.add(corrupt_payloads=1)
 
     def _misfit(self, cache: DocumentCache) -> PayloadForeignError | None:
         """Why a sound payload is not one of this model, if so: its shape would be broadcast, not refused, later on."""
@@ -231,7 +216,7 @@ class DocumentResolver:
     def _token_ids(self, row: CatalogRow) -> list[int]:
         assert self.store is not None
         try:
-            return self.store.token_ids([row])[0]
+            return self.store.token_ids([row])[0] if self._near is None else self._near.token_ids(row)
         except PayloadError as error:
             logger.error("document %r: token ids refused (%s: %s)", row.document_id, error.code, error)
             raise DocumentLostError(row.document_id) from error
@@ -243,27 +228,58 @@ class DocumentResolver:
             DocumentLostError: a payload and the token ids to recompute it from are both damaged.
             StoreUnavailableError: the store does not answer, and a document is known by its id alone.
         """
-        caches, origins = self._load_stored({r.token_digest: r for r in lookup.rows if r})
-        keys = [
-            row.token_digest if row else digest_of_tokens(t or [])
-            for row, t in zip(lookup.rows, lookup.token_ids, strict=True)
-        ]
-        if missing := [k for k in dict.fromkeys(keys) if k not in caches]:
-            if any(lookup.token_ids[keys.index(k)] is None for k in missing):
+        rows = {row.token_digest: row for row in lookup.rows if row}
+        digests = self._digests(lookup)
+        found = self._load_stored(rows) if self._near is None else self._near.fetch(*self._asked(lookup, digests))
+        self._distrust(found, rows)
+        caches = {digest: f.cache for digest, f in found.items() if f.cache is not None}
+        if missing := [d for d in dict.fromkeys(digests) if d not in caches]:
+            if any(lookup.token_ids[digests.index(d)] is None for d in missing):
                 self.fill_tokens(lookup)
-            encoded = self._encoder.encode([lookup.token_ids[keys.index(k)] or [] for k in missing])
-            caches.update(zip(missing, encoded, strict=True))
+            caches |= self._encode({d: lookup.token_ids[digests.index(d)] or [] for d in missing})
             self.counters.add(documents_encoded=len(missing))
-        ordered = [caches[k] for k in keys]
+        ordered = [caches[d] for d in digests]
         lookup.token_ids = [c.token_ids.tolist() for c in ordered]
         resolved = [
-            ResolvedDocument(i, c.tokens, origins.get(k, "encoded"))
-            for i, k, c in zip(lookup.ids, keys, ordered, strict=True)
+            ResolvedDocument(i, c.tokens, _origin(found.get(d, Found())))
+            for i, d, c in zip(lookup.ids, digests, ordered, strict=True)
         ]
-        hits = [r for r in resolved if r.origin == "store"]
+        self._count(resolved)
+        return ordered, resolved
+
+    def prefetch(self, lookup: Lookup) -> None:
+        """Begin to load what ``load`` would load, and return; nothing without tiers."""
+        if self._near is not None:
+            self._near.prefetch(*self._asked(lookup, self._digests(lookup)))
+
+    def _digests(self, lookup: Lookup) -> list[str]:
+        pairs = zip(lookup.rows, lookup.token_ids, strict=True)
+        return [row.token_digest if row else digest_of_tokens(ids or []) for row, ids in pairs]
+
+    def _asked(
+        self, lookup: Lookup, digests: Sequence[str]
+    ) -> tuple[dict[str, int], dict[str, CatalogRow], dict[str, list[int]]]:
+        """Lengths, rows and token ids by digest."""
+        rows = {row.token_digest: row for row in lookup.rows if row}
+        known = {d: ids for d, ids in zip(digests, lookup.token_ids, strict=True) if ids is not None}
+        return dict(zip(digests, lookup.lengths, strict=True)), rows, known
+
+    def _encode(self, documents: dict[str, list[int]]) -> dict[str, DocumentCache]:
+        if self._near is not None:
+            return self._near.compute(documents, self._encoder.encode)
+        return dict(zip(documents, self._encoder.encode(list(documents.values())), strict=True))
+
+    def _count(self, resolved: Sequence[ResolvedDocument]) -> None:
+        hits = [r for r in resolved if r.hit]
         self.counters.add(
             documents_hit=len(hits),
             requested_tokens=sum(r.tokens for r in resolved),
             hit_tokens=sum(r.tokens for r in hits),
+            **{f"hit_tokens_{tier}": sum(r.tokens for r in hits if r.origin == tier) for tier in TIERS},
         )
-        return ordered, resolved
+
+
+def _origin(found: Found) -> Origin:
+    if found.tier is not None:
+        return found.tier
+    return "reencoded-corrupt" if found.refused is not None else "encoded"

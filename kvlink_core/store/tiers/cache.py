@@ -10,26 +10,29 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from kvlink_core.errors import PayloadError, StoreUnavailableError
+from kvlink_core.store.rows import CatalogRow
 from kvlink_core.store.tiers.breaker import CircuitBreaker, State
 from kvlink_core.store.tiers.computing import Computing, Documents, Encode
 from kvlink_core.store.tiers.disk import DiskTier
-from kvlink_core.store.tiers.found import Flight, Found, Round, Tier, Wanted
+from kvlink_core.store.tiers.flights import Flights
+from kvlink_core.store.tiers.found import Found, Tier, Wanted
 from kvlink_core.store.tiers.guard import StoreGuard
 from kvlink_core.store.tiers.key import CacheKey
-from kvlink_core.store.tiers.loading import Loader, Payloads
+from kvlink_core.store.tiers.loading import Loader, Payloads, ReadStats
 from kvlink_core.store.tiers.memories import Memories
 from kvlink_core.store.tiers.memory_tier import TierStats
-from kvlink_core.store.tiers.planner import SOURCES, Candidate, Planner
+from kvlink_core.store.tiers.planner import SOURCES, Planner, Source
 from kvlink_core.store.tiers.settings import TierSettings
+from kvlink_core.store.tiers.workers import Workers
 from kvlink_core.types import DocumentCache
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,9 @@ T = TypeVar("T")
 #: The least time that a document is waited for which could be computed: what a scheduler may take to run a thread.
 _LEAST_PATIENCE_S = 0.02
 
+#: How long ``close`` waits for reads that are under way; those of a store that hangs are left to end by themselves.
+_CLOSING_S = 5.0
+
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
@@ -46,7 +52,7 @@ class CacheStats:
 
     Attributes:
         tiers: by name, those that there are.
-        reads: documents read from disk or the store.
+        read: documents and bytes read, by source.
         computed: documents computed because that was expected to be faster.
         late: documents computed because loading them took longer than that.
         failures: times that the store failed or hung.
@@ -55,27 +61,12 @@ class CacheStats:
     """
 
     tiers: Mapping[Tier, TierStats]
-    reads: int
+    read: Mapping[Source, ReadStats]
     computed: int
     late: int
     failures: int
     circuit: State
     circuit_opened: int
-
-
-@dataclass(slots=True)
-class _Counts:
-    reads: int = 0
-    computed: int = 0
-    late: int = 0
-
-
-@dataclass(slots=True)
-class _Trip:
-    """What one call of ``fetch`` set in motion."""
-
-    found: dict[CacheKey, Found] = field(default_factory=dict)
-    flights: dict[CacheKey, Flight] = field(default_factory=dict)
 
 
 class TieredCache:
@@ -86,7 +77,6 @@ class TieredCache:
         device: the model's.
         payloads: the store; ``None`` keeps only what is computed here.
         accept: why a cache is not one of the model's, if so; what it refuses is never kept.
-        cache_bytes: bytes of K and V of a document of so many tokens.
 
     Raises:
         ConfigError: memory or directory cannot be had.
@@ -99,33 +89,39 @@ class TieredCache:
         device: torch.device,
         payloads: Payloads | None,
         accept: Callable[[DocumentCache], PayloadError | None],
-        cache_bytes: Callable[[int], int],
     ) -> None:
         self.settings = settings
         self.planner = Planner(probe_every_s=settings.probe_every_s)
-        self._cache_bytes = cache_bytes
         breaker = CircuitBreaker(
             failures=settings.failures, retry_after_s=settings.retry_after_s, trial_s=settings.timeout_s
         )
         self._guard = StoreGuard(breaker, settings.timeout_s)
         self._memories = Memories(settings.device_bytes, settings.host_bytes, device)
-        self._computing = Computing(self._memories, self.planner.encode)
-        self._disk = DiskTier(Path(settings.disk_path), settings.disk_bytes) if settings.disk_path is not None else None
-        self._loader = Loader(payloads, self._disk, self._guard, self.planner, accept) if payloads is not None else None
-        self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="kvlink-tiers")
+        self._computing = Computing(self._memories, self.planner.observe_encode)
+        self._disk: DiskTier | None = None
+        if settings.disk_path is not None:
+            try:
+                self._disk = DiskTier(Path(settings.disk_path), settings.disk_bytes)
+            except BaseException:
+                self._memories.close()
+                raise
+        self._loader: Loader | None = None
+        if payloads is not None:
+            self._loader = Loader(payloads, self._disk, self._memories, self._guard, self.planner, accept)
+        # Each has threads of its own, so that a store that hangs keeps nobody from the disk.
+        self._workers = {s: Workers(f"kvlink-{s}", settings.threads, settings.timeout_s) for s in SOURCES}
+        self._flights = Flights(
+            self._loader, self._memories, self._guard, self.planner, self._workers, settings.recompute
+        )
         self._lock = threading.Lock()
-        self._flights: dict[CacheKey, Flight] = {}
-        self._prefetching = 0
-        self._counts = _Counts()
+        self._prefetching = self._computed = self._late = 0
 
     def close(self) -> None:
-        """Wait for what is being read, end the threads and free the memory. It must not be used afterwards."""
-        self._pool.shutdown(cancel_futures=True)
-        with self._lock:
-            stranded = [f for f in self._flights.values() if not f.found.done()]
-            self._flights.clear()
-        for flight in stranded:
-            flight.found.set_result(Found(unavailable=StoreUnavailableError("the tiers were closed")))
+        """End the threads, waiting a little for what is being read, and free the memory; not to be used afterwards."""
+        deadline = time.monotonic() + _CLOSING_S
+        for workers in self._workers.values():
+            workers.close(max(0.0, deadline - time.monotonic()))
+        self._flights.close()
         self._memories.close()
         if self._disk is not None:
             self._disk.close()
@@ -136,11 +132,11 @@ class TieredCache:
         there = self._memories.stats()
         if self._disk is not None:
             there["disk"] = self._disk.stats
+        read = self._loader.stats if self._loader is not None else {}
         breaker = self._guard.breaker
         with self._lock:
-            counts = self._counts
             return CacheStats(
-                there, counts.reads, counts.computed, counts.late, self._guard.failures, breaker.state, breaker.opened
+                there, read, self._computed, self._late, self._guard.failures, breaker.state, breaker.opened
             )
 
     # Looking up
@@ -152,18 +148,27 @@ class TieredCache:
         as the time-out says.
         """
         items = {item.key: item for item in wanted}
-        trip = self._begin(items.values())
-        started = time.monotonic()
-        for computable, patience_s in ((True, self._patience_s(items, trip.flights)), (False, self.settings.timeout_s)):
-            awaited = [f.found for key, f in trip.flights.items() if items[key].computable is computable]
-            wait(awaited, timeout=max(0.0, started + patience_s - time.monotonic()))
-        for key, flight in trip.flights.items():
-            if flight.found.done():
-                trip.found[key] = flight.found.result()
-            else:
-                self._note_late(flight, items[key])
-                trip.found[key] = Found(unavailable=self._guard.late())
-        return trip.found
+        trip = self._flights.begin(items.values())
+        flights = trip.flights.items()
+        computable = [key for key in trip.flights if items[key].computable]
+        if computable:
+            patience_s = self._patience_s(sum(items[key].tokens for key in computable))
+            wait([trip.flights[key].found for key in computable], timeout=patience_s)
+        if others := [flight for key, flight in flights if not items[key].computable]:
+            deadline = max(flight.round.started for flight in others) + self.settings.timeout_s
+            wait([f.found for f in others], timeout=max(_LEAST_PATIENCE_S, deadline - time.monotonic()))
+        late = [(key, flight) for key, flight in flights if not flight.found.done()]
+        for _, flight in late:
+            self._flights.note_late(flight)
+        with self._lock:
+            self._computed += trip.avoided
+            self._late += sum(items[key].computable for key, _ in late)
+        error = self._guard.late()
+        return (
+            trip.found
+            | {key: flight.found.result() for key, flight in flights if flight.found.done()}
+            | {key: Found(unavailable=error) for key, _ in late}
+        )
 
     def prefetch(self, wanted: Iterable[Wanted]) -> None:
         """Begin to load what ``fetch`` would load, and return. Does nothing when enough is being prefetched already."""
@@ -171,139 +176,53 @@ class TieredCache:
             if self._prefetching >= max(1, self.settings.threads // 2):
                 return
             self._prefetching += 1
-        trip = self._begin({item.key: item for item in wanted}.values())
-        left = [f.found for f in trip.flights.values()]
-        if not left:
-            self._prefetched()
+        trip = self._flights.begin({item.key: item for item in wanted}.values())
+        left = [flight.found for flight in trip.flights.values()]
         remaining = [len(left)]
 
-        def landed(_: Future[Found]) -> None:
+        def landed(_: Future[Found] | None = None) -> None:
             with self._lock:
                 remaining[0] -= 1
-                last = remaining[0] == 0
-            if last:
-                self._prefetched()
+                if remaining[0] <= 0:
+                    self._prefetching -= 1
 
+        if not left:
+            landed()
         for future in left:
             future.add_done_callback(landed)
 
-    def _prefetched(self) -> None:
-        with self._lock:
-            self._prefetching -= 1
+    def token_ids(
+        self, wanted: Iterable[Wanted], read: Callable[[list[CatalogRow]], list[list[int]]]
+    ) -> dict[CacheKey, list[int]]:
+        """Token ids of those documents that are better computed than loaded, if only their token ids were known.
 
-    def _begin(self, wanted: Iterable[Wanted]) -> _Trip:
-        """Find what is in memory, join what is on its way, and set off for what is worth loading."""
-        trip = _Trip()
-        missing: list[Wanted] = []
-        for item in wanted:
-            found = self._memories.get(item.key)
-            if found is None:
-                missing.append(item)
-            else:
-                trip.found[item.key] = found
-        if not missing:
-            return trip
-        with self._lock:
-            unstarted: list[Wanted] = []
-            for item in missing:
-                flight = self._flights.get(item.key)
-                # What landed since the first look is in memory now: a flight ends only after that.
-                found = None if flight is not None else self._memories.get(item.key, promote=False)
-                if flight is not None:
-                    trip.flights[item.key] = flight
-                elif found is not None:
-                    trip.found[item.key] = found
-                else:
-                    unstarted.append(item)
-            self._set_off(unstarted, trip)
-        return trip
+        Asks the store for them with ``read`` where that pays as well. Empty when it does not answer, or not soon.
+        """
+        if self.settings.recompute == "never":
+            return {}
+        there = self._flights.candidates({item.key: item for item in wanted}.values())
+        worth = self.planner.worth_asking([candidate for _, candidate in there])
+        asked = [item for (item, _), ask in zip(there, worth, strict=True) if ask]
+        if not asked:
+            return {}
+        started = time.perf_counter()
+        try:
+            found = self.ask(lambda: read([i.row for i in asked if i.row]))
+        except (PayloadError, StoreUnavailableError) as error:
+            logger.info("no token ids of %d documents, loading them: %s", len(asked), error)
+            return {}
+        finally:
+            self.planner.ask.observe(len(asked), time.perf_counter() - started)
+        return {item.key: ids for item, ids in zip(asked, found, strict=True)}
 
-    def _set_off(self, wanted: Sequence[Wanted], trip: _Trip) -> None:
-        """Decide which of them to load, and begin. With the lock held."""
-        stored: list[Flight] = []
-        for item in wanted:
-            trip.found[item.key] = Found()  # to be computed, unless something better is said below
-            if item.row is not None and self._loader is not None:
-                alone = Round(time.monotonic(), item.row.nbytes)
-                stored.append(Flight(item, item.row, self._loader.source(item.row), alone))
-        loads = self._choose(stored)
-        waited = [f for f, load in zip(stored, loads, strict=True) if load]
-        avoided = [f for f, load in zip(stored, loads, strict=True) if not load]
-        self._counts.computed += len(avoided)
-        # One of those avoided, if it is time to see how fast its source is now: nobody waits for it.
-        started = waited + [f for f in avoided[:1] if self.planner.probe_due(f.source)]
-        if any(f.source == "store" for f in started):
-            permission = self._guard.allow()
-            if permission == "no":
-                error = self._guard.left_alone()
-                trip.found |= {f.wanted.key: Found(unavailable=error) for f in waited if f.source == "store"}
-                started = [f for f in started if f.source != "store"]
-            if permission != "yes":  # nobody waits for a trial who can do without
-                waited = [f for f in waited if f.source != "store" or not f.wanted.computable]
-        trip.flights |= {f.wanted.key: f for f in waited if f in started}
-        for source in SOURCES:
-            self._begin_round([f for f in started if f.source == source])
-
-    def _begin_round(self, flights: Sequence[Flight]) -> None:
-        if not flights:
-            return
-        together = Round(time.monotonic(), sum(f.row.nbytes for f in flights))
-        for flight in flights:
-            flight.round = together
-            self._flights[flight.wanted.key] = flight
-        self._pool.submit(self._fly, flights)
-
-    def _choose(self, stored: Sequence[Flight]) -> list[bool]:
-        if self.settings.recompute == "never" or not stored:
-            return [True] * len(stored)
-        return self.planner.choose([self._candidate(f) for f in stored])
-
-    def _candidate(self, flight: Flight) -> Candidate:
-        item = flight.wanted
-        return Candidate(flight.source, flight.row.nbytes, self._cache_bytes(item.tokens), item.tokens, item.computable)
-
-    def _patience_s(self, items: Mapping[CacheKey, Wanted], flights: Iterable[CacheKey]) -> float:
-        """How long documents that could be computed are waited for: as long as computing them would take.
+    def _patience_s(self, tokens: int) -> float:
+        """How long documents of so many tokens are waited for that could be computed: as long as that would take.
 
         So at the worst, when a store that was fast hangs, a request takes twice what computing takes.
         """
         if self.settings.recompute == "never":
             return self.settings.timeout_s
-        tokens = sum(items[k].tokens for k in flights if items[k].computable)
         return min(self.settings.timeout_s, max(_LEAST_PATIENCE_S, self.planner.encode_s(tokens)))
-
-    def _note_late(self, flight: Flight, item: Wanted) -> None:
-        with self._lock:
-            self._counts.late += item.computable
-            first, flight.round.late = not flight.round.late, True
-        waited_s, nbytes = time.monotonic() - flight.round.started, flight.round.nbytes
-        if first and waited_s > self.planner.read[flight.source].seconds(nbytes):
-            # It takes at least so long, which is worth knowing before it is there.
-            self.planner.observe_read(flight.source, nbytes, waited_s)
-
-    # Loading
-
-    def _fly(self, flights: Sequence[Flight]) -> None:
-        """On a thread of the pool: load, let those who wait go on, and keep what was loaded."""
-        try:
-            assert self._loader is not None
-            read = self._loader.load(flights)
-            there = [(f.wanted.key, cache) for f in flights if (cache := f.found.result().cache) is not None]
-            with self._lock:
-                self._counts.reads += len(there)
-            for key, cache in there:
-                self._memories.keep(key, cache)
-            self._loader.keep(read)
-        # Broad on purpose: whatever it is, those who wait must learn of it, and it must not be lost with the thread.
-        except BaseException as error:
-            logger.exception("loading %d documents failed", len(flights))
-            for flight in flights:
-                if not flight.found.done():
-                    flight.found.set_exception(error)
-        finally:
-            with self._lock:
-                for flight in flights:
-                    self._flights.pop(flight.wanted.key, None)
 
     # Computing, and what else the store is asked
 
@@ -325,8 +244,17 @@ class TieredCache:
         """
         if self._guard.allow() == "no":
             raise self._guard.left_alone()
-        future = self._pool.submit(self._guard.watch, question)
+        answer: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                answer.set_result(self._guard.watch(question))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        if not self._workers["store"].submit(work):
+            raise StoreUnavailableError("the tiers were closed")
         patience_s = self.settings.timeout_s if wait_s is None else min(wait_s, self.settings.timeout_s)
-        if not wait([future], timeout=patience_s).done:
+        if not wait([answer], timeout=patience_s).done:
             raise self._guard.late()
-        return future.result()
+        return answer.result()

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
-from kvlink_core.store.tiers.cost import LinearCost
+import torch
+
 from kvlink_core.store.tiers.key import CacheKey
 from kvlink_core.store.tiers.memories import Memories
 from kvlink_core.types import DocumentCache
@@ -21,12 +22,12 @@ class Computing:
 
     Args:
         memories: keep what was computed.
-        cost: is told how long it took.
+        observe: is told how many tokens took how many seconds.
     """
 
-    def __init__(self, memories: Memories, cost: LinearCost) -> None:
+    def __init__(self, memories: Memories, observe: Callable[[int, float], None]) -> None:
         self._memories = memories
-        self._cost = cost
+        self._observe = observe
         self._lock = threading.Lock()
         self._running: dict[CacheKey, Future[DocumentCache]] = {}
 
@@ -69,7 +70,9 @@ class Computing:
             return {}
         started = time.perf_counter()
         caches = encode(list(documents.values()))
-        self._cost.observe(sum(c.tokens for c in caches), time.perf_counter() - started)
+        if caches[0].keys.is_cuda:  # what was only handed to the GPU so far has not been computed
+            torch.cuda.current_stream(caches[0].keys.device).synchronize()
+        self._observe(sum(c.tokens for c in caches), time.perf_counter() - started)
         done = dict(zip(documents, caches, strict=True))
         for key, cache in done.items():
             self._memories.keep(key.computed(), cache)

@@ -13,10 +13,12 @@ import mmap
 import os
 import re
 import threading
+import time
 import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -51,6 +53,9 @@ _UNIT = 4096
 #: The most that a copy takes beyond its columns and token ids: page headers, and a footer that names 65,536 layers.
 _OVERHEAD = 64 * 2**10
 
+#: Once the disk has refused to take a copy, full for instance, no other is tried for so long.
+_REST_S = 10.0
+
 #: The most processes that share a directory.
 _SLOTS = 256
 
@@ -72,12 +77,13 @@ class DiskTier:
     Args:
         directory: made if it is not there.
         capacity: bytes, in units of 4,096 as file systems count them.
+        clock: seconds that only grow.
 
     Raises:
         ConfigError: the directory cannot be made, written to or locked.
     """
 
-    def __init__(self, directory: Path, capacity: int) -> None:
+    def __init__(self, directory: Path, capacity: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._capacity = capacity
         self._policy: S3Fifo[str] = S3Fifo(capacity)
         self._copies: dict[str, _Copy] = {}
@@ -86,13 +92,19 @@ class DiskTier:
         self._evictions = self._refused = 0
         self._lock = threading.Lock()
         self._ended: deque[_Copy] = deque()
+        self._resting_until = float("-inf")
+        self._clock = clock
+        slot: int | None = None
         try:
-            self._directory, self._slot = _own_slot(directory)
+            self._directory, slot = _own_slot(directory)
             self._take_over()
         except OSError as error:
+            if slot is not None:
+                os.close(slot)
             raise ConfigError(
                 f"the disk tier cannot use {str(directory)!r}: {error.strerror or error}.", param="disk_path"
             ) from error
+        self._slot = slot
 
     @property
     def stats(self) -> TierStats:
@@ -142,7 +154,7 @@ class DiskTier:
             self._settle()
             if name in self._copies or name in self._writing:
                 return True
-            if not self._make_room(reserved):
+            if self._clock() < self._resting_until or not self._make_room(reserved):
                 self._refused += 1
                 return False
             self._nbytes += reserved
@@ -157,8 +169,12 @@ class DiskTier:
             copy = _Copy(shard, _units(size))
         except (OSError, pa.ArrowException) as error:
             logger.warning("the disk tier cannot keep a document: %s", error)
-            temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno is not None:  # not only this document's fault
+                self._resting_until = self._clock() + _REST_S
         finally:
+            if copy is None:
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
             with self._lock:
                 self._writing.discard(name)
                 self._nbytes -= reserved - (copy.nbytes if copy else 0)
@@ -172,7 +188,9 @@ class DiskTier:
         with self._lock:
             self._copies.clear()
             self._capacity = 0
-            os.close(self._slot)
+            if self._slot >= 0:
+                os.close(self._slot)
+            self._slot = -1
 
     def _take_over(self) -> None:
         """Take in, oldest first, what an earlier process left, and remove what is unfinished or too much."""

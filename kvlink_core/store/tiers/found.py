@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -60,12 +61,13 @@ class Round:
     Attributes:
         started: when, on the clock of ``time.monotonic``.
         nbytes: of all of them, as stored.
-        late: whether somebody stopped waiting for it.
+        slow: whether nobody waits for it who can compute instead: because somebody has stopped waiting, or because it
+            is only to see how fast the source is by now.
     """
 
     started: float
     nbytes: int
-    late: bool = False
+    slow: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -80,3 +82,23 @@ class Flight:
     source: Source
     round: Round
     found: Future[Found] = field(default_factory=Future)
+
+    def land(self, found: Found) -> None:
+        """Let those who wait go on. What comes later, from a read that had been given up, changes nothing."""
+        with suppress(InvalidStateError):
+            self.found.set_result(found)
+
+
+@dataclass(slots=True)
+class Trip:
+    """What one request set in motion.
+
+    Attributes:
+        found: what is known already.
+        flights: what is waited for.
+        avoided: how many could be loaded, and are to be computed because that is faster.
+    """
+
+    found: dict[CacheKey, Found] = field(default_factory=dict)
+    flights: dict[CacheKey, Flight] = field(default_factory=dict)
+    avoided: int = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import torch
 
 from kvlink_core.store.tiers.found import Found, Tier
@@ -24,6 +26,7 @@ class Memories:
 
     def __init__(self, device_bytes: int, host_bytes: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
+        self._model_on = device
         self.device = MemoryTier(open_memory(device_bytes, device, pinned=False)) if device_bytes else None
         self.host = MemoryTier(open_memory(host_bytes, None, pinned=pinned)) if host_bytes else None
 
@@ -31,6 +34,9 @@ class Memories:
         """Of the tiers that there are."""
         named: tuple[tuple[Tier, MemoryTier | None], ...] = (("device", self.device), ("host", self.host))
         return {name: tier.stats for name, tier in named if tier is not None}
+
+    def __contains__(self, key: CacheKey) -> bool:
+        return any(k in tier for k in (key, key.computed()) for tier in (self.device, self.host) if tier is not None)
 
     def get(self, key: CacheKey, *, promote: bool = True) -> Found | None:
         """The cache of ``key``, or the same document's as it was computed here, which loses nothing to a codec.
@@ -49,10 +55,25 @@ class Memories:
             return cache
         return self.device.get(key) or cache
 
-    def keep(self, key: CacheKey, cache: DocumentCache) -> None:
-        """Keep a cache where it is now, if there is a tier for that, and in host memory."""
-        if self.device is not None and cache.keys.device.type != "cpu":
-            self.device.put(key, cache)
+    def place(self, cache: DocumentCache) -> DocumentCache:
+        """The cache where the model is: it has to go there to be linked, and then it can be kept there."""
+        if self._model_on.type == "cpu" or cache.keys.device == self._model_on:
+            return cache
+        moved = {f.name: getattr(cache, f.name) for f in fields(cache) if f.name != "token_ids"}
+        placed = replace(cache, **{n: t.to(self._model_on) for n, t in moved.items() if t is not None})
+        torch.cuda.current_stream(self._model_on).synchronize()
+        return placed
+
+    def keep(self, key: CacheKey, cache: DocumentCache, placed: DocumentCache | None = None) -> None:
+        """Keep a copy in each tier that has room for it.
+
+        Args:
+            key: what it is found by.
+            cache: wherever it is.
+            placed: the same where the model is, if it is there already.
+        """
+        if self.device is not None:
+            self.device.put(key, placed or cache)
         if self.host is not None:
             self.host.put(key, cache)
 

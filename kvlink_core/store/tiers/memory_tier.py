@@ -6,7 +6,8 @@ import functools
 import math
 import threading
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -33,11 +34,8 @@ class TierStats:
 @dataclass(slots=True)
 class _Entry:
     block: Block
-    keys: tuple[tuple[int, ...], torch.dtype]
-    values: tuple[tuple[int, ...], torch.dtype]
-    kept: bool  # whether the document is pruned
-    token_ids: torch.Tensor | None  # where the memory has no place for them
-    tokens: int
+    parts: Mapping[str, tuple[torch.Size, torch.dtype]]  # of the block, one after the other
+    beside: Mapping[str, torch.Tensor]  # what the block has no place for
     leases: int = 0
 
 
@@ -80,28 +78,31 @@ class MemoryTier:
             if entry is None:
                 return None
             self._policy.hit(key)
-            self._lend(entry)
-        return self._cache(entry, self._memory.lend(entry.block, functools.partial(self._ended.append, entry)))
+            self._lent_bytes += entry.block.nbytes if not entry.leases else 0
+            entry.leases += 1
+            lent = self._memory.lend(entry.block, functools.partial(self._ended.append, entry))
+        return DocumentCache(**_views(lent, entry))
 
     def put(self, key: CacheKey, cache: DocumentCache) -> bool:
         """Keep a copy of ``cache``, evicting others for it; false when there is no room that is not in use."""
-        in_block = [cache.keys, cache.values] + ([] if cache.kept is None else [cache.kept])
-        in_block += [] if self._memory.on_device else [cache.token_ids]
+        inside, beside = _split(cache, self._memory.on_device)
         with self._lock:
             self._settle()
             if key in self._entries or key in self._filling:
                 return True
-            block = None if self._closed else self._room(sum(_rounded(t.nbytes) for t in in_block))
+            block = None if self._closed else self._room(sum(_rounded(t.nbytes) for t in inside.values()))
             if block is None:
                 self._refused += 1
                 return False
             self._filling.add(key)
-        entry = _Entry(
-            block, (tuple(cache.keys.shape), cache.keys.dtype), (tuple(cache.values.shape), cache.values.dtype),
-            cache.kept is not None, cache.token_ids.cpu().clone() if self._memory.on_device else None, cache.tokens,
-        )  # fmt: skip
+            space = self._memory.lend(block, lambda: None)
+        entry = _Entry(block, {name: (t.shape, t.dtype) for name, t in inside.items()}, beside)
         try:
-            self._fill(entry, cache)
+            for name, view in _views(space, entry).items():
+                if name in inside:
+                    _copy(inside[name], view)
+            if self._memory.on_device:  # whoever reads it may do so in another stream
+                torch.cuda.current_stream(space.device).synchronize()
         except BaseException:
             with self._lock:
                 self._filling.discard(key)
@@ -114,15 +115,6 @@ class MemoryTier:
             self._entries[key] = entry
             self._policy.add(key, block.nbytes)
         return True
-
-    def _fill(self, entry: _Entry, cache: DocumentCache) -> None:
-        into = self._cache(entry, self._memory.lend(entry.block, lambda: None))
-        _copy(cache.keys, into.keys)
-        _copy(cache.values, into.values)
-        if cache.kept is not None and into.kept is not None:
-            _copy(cache.kept, into.kept)
-        if not self._memory.on_device:
-            _copy(cache.token_ids, into.token_ids)
 
     def close(self) -> None:
         """Forget everything. What is lent stays valid."""
@@ -143,10 +135,6 @@ class MemoryTier:
             self._evictions += 1
         return block
 
-    def _lend(self, entry: _Entry) -> None:
-        self._lent_bytes += entry.block.nbytes if not entry.leases else 0
-        entry.leases += 1
-
     def _settle(self) -> None:
         """Count the leases that have ended."""
         while self._ended:
@@ -154,23 +142,27 @@ class MemoryTier:
             entry.leases -= 1
             self._lent_bytes -= entry.block.nbytes if not entry.leases else 0
 
-    def _cache(self, entry: _Entry, lent: torch.Tensor) -> DocumentCache:
-        keys, at = _part(lent, 0, *entry.keys)
-        values, at = _part(lent, at, *entry.values)
-        kept = None
-        if entry.kept:
-            kept, at = _part(lent, at, entry.keys[0][:3], torch.int32)
-        token_ids = entry.token_ids if entry.token_ids is not None else _part(lent, at, (entry.tokens,), torch.int64)[0]
-        return DocumentCache(token_ids, keys, values, kept)
+
+def _split(cache: DocumentCache, on_device: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The tensors of a cache by name: those for the tier's memory, and those that stay outside."""
+    tensors = {f.name: getattr(cache, f.name) for f in fields(cache)}
+    inside = {name: t for name, t in tensors.items() if t is not None and not (on_device and name == "token_ids")}
+    return inside, {"token_ids": cache.token_ids.cpu().clone()} if on_device else {}
+
+
+def _views(lent: torch.Tensor, entry: _Entry) -> dict[str, torch.Tensor]:
+    """The tensors of an entry by name, over its memory."""
+    views = dict(entry.beside)
+    at = 0
+    for name, (shape, dtype) in entry.parts.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        views[name] = lent[at : at + nbytes].view(dtype).view(shape)
+        at += _rounded(nbytes)
+    return views
 
 
 def _rounded(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _part(lent: torch.Tensor, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, int]:
-    end = at + math.prod(shape) * dtype.itemsize
-    return lent[at:end].view(dtype).view(shape), _rounded(end)
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:

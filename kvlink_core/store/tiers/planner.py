@@ -1,7 +1,7 @@
 """Load or compute again: whichever is expected to be ready first, document by document.
 
 A cache is worth loading only where that is faster than prefill, which depends on the store, the codec, the model and
-the moment. So all three speeds are measured while they are used.
+the moment. So all of these speeds are measured while they are used, and what is not used is tried now and then.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
@@ -19,6 +19,9 @@ from kvlink_core.store.tiers.cost import LinearCost
 Source = Literal["disk", "store"]
 SOURCES: tuple[Source, ...] = ("disk", "store")
 
+#: While loading is expected to take less than this part of computing, it is not doubted that it is faster.
+_DOUBT = 0.25
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -27,14 +30,12 @@ class Candidate:
     Attributes:
         source: where it is.
         nbytes: bytes to read.
-        decoded: bytes of K and V.
         tokens: its length.
         computable: whether its token ids are known; otherwise it is loaded, whatever that costs.
     """
 
     source: Source
     nbytes: int
-    decoded: int
     tokens: int
     computable: bool
 
@@ -45,8 +46,14 @@ class Planner:
     What was never observed is assumed to take no time when it is loading, and for ever when it is computing: a store is
     tried until it is known to be slow.
 
+    Attributes:
+        read: seconds by bytes read, for each source.
+        decode: seconds by tokens, from bytes read to a cache where the model is.
+        encode: seconds by tokens computed.
+        ask: seconds by documents whose token ids are asked for.
+
     Args:
-        probe_every_s: a source that is avoided is tried this often, beside the request that avoids it.
+        probe_every_s: what is avoided is tried this often.
         clock: seconds that only grow.
     """
 
@@ -54,16 +61,21 @@ class Planner:
         self.read: Mapping[Source, LinearCost] = {source: LinearCost() for source in SOURCES}
         self.decode = LinearCost()
         self.encode = LinearCost()
+        self.ask = LinearCost()
         self._probe_every_s = probe_every_s
         self._clock = clock
-        self._tried: dict[Source, float] = {}
+        self._tried: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def observe_read(self, source: Source, nbytes: int, seconds: float) -> None:
         """One round of reading took ``seconds`` for ``nbytes`` of one or several documents."""
         self.read[source].observe(nbytes, seconds)
-        with self._lock:
-            self._tried[source] = self._clock()
+        self._note_tried(source)
+
+    def observe_encode(self, tokens: int, seconds: float) -> None:
+        """Computing ``tokens`` of one or several documents took ``seconds``."""
+        self.encode.observe(tokens, seconds)
+        self._note_tried("encode")
 
     def load_s(self, candidates: Sequence[Candidate]) -> float:
         """Expected seconds to load these together, one round for each source."""
@@ -99,6 +111,32 @@ class Planner:
                 best, best_s = loads, seconds
         return best
 
+    def worth_asking(self, candidates: Sequence[Candidate]) -> list[bool]:
+        """Of which to ask the token ids first, because computing them then is faster than loading, asking included."""
+        loads = self.choose([replace(c, computable=True) for c in candidates])
+        asked = [not load and not c.computable for c, load in zip(candidates, loads, strict=True)]
+        now_s = self._total(candidates, self.choose(candidates))
+        then_s = self._total(candidates, loads) + self.ask.seconds(sum(asked))
+        return asked if any(asked) and then_s < now_s else [False] * len(asked)
+
+    def source_probe_due(self, source: Source) -> bool:
+        """Whether a source that is being avoided should be tried again; true for one caller at a time."""
+        return self._due(source)
+
+    def encode_probe(self, candidates: Sequence[Candidate], loads: Sequence[bool]) -> int | None:
+        """Which of those that ``loads`` would load to compute instead, to see if that is as slow as it was.
+
+        ``None`` but for now and then, and only where loading takes long enough for computing to be a rival; true for
+        one caller at a time.
+        """
+        chosen = [i for i, (c, load) in enumerate(zip(candidates, loads, strict=True)) if load and c.computable]
+        if not chosen or not self.encode.known:
+            return None
+        least = min(chosen, key=lambda i: candidates[i].tokens)
+        if self._load_part(candidates[least]) < _DOUBT * self.encode_s(candidates[least].tokens):
+            return None
+        return least if self._due("encode") else None
+
     def _total(self, candidates: Sequence[Candidate], loads: Sequence[bool]) -> float:
         computed = sum(c.tokens for c, load in zip(candidates, loads, strict=True) if not load)
         loaded = [c for c, load in zip(candidates, loads, strict=True) if load]
@@ -106,13 +144,16 @@ class Planner:
 
     def _load_part(self, candidate: Candidate) -> float:
         reading = self.read[candidate.source].per_unit * candidate.nbytes
-        return reading + self.decode.per_unit * candidate.decoded
+        return reading + self.decode.per_unit * candidate.tokens
 
-    def probe_due(self, source: Source) -> bool:
-        """Whether a source that is being avoided should be tried again; true for one caller at a time."""
+    def _due(self, what: str) -> bool:
         now = self._clock()
         with self._lock:
-            if now - self._tried.get(source, float("-inf")) < self._probe_every_s:
+            if now - self._tried.get(what, float("-inf")) < self._probe_every_s:
                 return False
-            self._tried[source] = now
+            self._tried[what] = now
             return True
+
+    def _note_tried(self, what: str) -> None:
+        with self._lock:
+            self._tried[what] = self._clock()
