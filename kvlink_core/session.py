@@ -134,6 +134,10 @@ class Session:
         """What the tiers hold and did, if there are any."""
         return self._resolver.tier_stats
 
+    def calibrate(self) -> None:
+        """With tiers, compute a little to learn how long that takes, before the first request has to guess."""
+        self._resolver.calibrate()
+
     def prefetch(self, request: AnswerRequest) -> None:
         """Begin to load what ``start`` will load, and return: for a request that has to wait for its turn.
 

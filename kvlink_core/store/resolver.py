@@ -75,6 +75,11 @@ class DocumentResolver:
         if self._near is not None:
             self._near.tiers.close()
 
+    def calibrate(self) -> None:
+        """With tiers, compute a little to learn how long that takes."""
+        if self._near is not None:
+            self._near.calibrate(self._encoder.encode, self.model.context_length)
+
     @property
     def tiered(self) -> bool:
         """Whether there are tiers."""

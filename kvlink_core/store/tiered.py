@@ -1,4 +1,4 @@
-"""Documents through the tiers: what the store alone would give, from nearer places, or computed where that is faster."""
+"""Documents through the tiers: what the store alone would give, from nearer places, or computed if that is faster."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from kvlink_core.types import DocumentCache
 
 #: The longest that a request waits for a look at what was added or replaced.
 _REFRESH_WAIT_S = 1.0
+
+#: Lengths of the documents that are computed to see how long that takes.
+_CALIBRATION = (32, 128)
 
 
 class TieredDocuments:
@@ -36,6 +39,15 @@ class TieredDocuments:
         """Look for documents that were added or replaced. Raises ``StoreUnavailableError``, after a second at most."""
         if self._store is not None:
             self.tiers.ask(self._store.refresh, wait_s=_REFRESH_WAIT_S)
+
+    def calibrate(self, encode: Encode, longest: int) -> None:
+        """Learn how fast this model computes, before the first request has to guess.
+
+        Args:
+            encode: computes documents.
+            longest: tokens that it can compute at once.
+        """
+        self.tiers.calibrate(encode, [min(longest, tokens) for tokens in _CALIBRATION])
 
     def fetch(
         self, lengths: Mapping[str, int], rows: Mapping[str, CatalogRow], token_ids: Mapping[str, Sequence[int]]

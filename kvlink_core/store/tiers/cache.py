@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,6 +232,12 @@ class TieredCache:
         Raises what ``encode`` raises, for documents of this call alone.
         """
         return self._computing.compute(documents, encode)
+
+    def calibrate(self, encode: Encode, lengths: Sequence[int]) -> None:
+        """Learn how long documents of these lengths take to compute. Raises what ``encode`` raises."""
+        for tokens in lengths:
+            encode([[0] * tokens])  # the first time takes longer, and says nothing
+            self._computing.measure([[0] * tokens], encode)
 
     def ask(self, question: Callable[[], T], *, wait_s: float | None = None) -> T:
         """Ask the store something else through the circuit breaker.

@@ -65,14 +65,19 @@ class Computing:
         # Another call may have failed because of a document that is not ours.
         return done | self._encode({key: documents[key] for key in theirs if key not in done}, encode)
 
-    def _encode(self, documents: Documents, encode: Encode) -> dict[CacheKey, DocumentCache]:
-        if not documents:
-            return {}
+    def measure(self, documents: list[Sequence[int]], encode: Encode) -> list[DocumentCache]:
+        """Compute, keep nothing, and tell how long it took."""
         started = time.perf_counter()
-        caches = encode(list(documents.values()))
+        caches = encode(documents)
         if caches[0].keys.is_cuda:  # what was only handed to the GPU so far has not been computed
             torch.cuda.current_stream(caches[0].keys.device).synchronize()
         self._observe(sum(c.tokens for c in caches), time.perf_counter() - started)
+        return caches
+
+    def _encode(self, documents: Documents, encode: Encode) -> dict[CacheKey, DocumentCache]:
+        if not documents:
+            return {}
+        caches = self.measure(list(documents.values()), encode)
         done = dict(zip(documents, caches, strict=True))
         for key, cache in done.items():
             self._memories.keep(key.computed(), cache)
