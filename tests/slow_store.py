@@ -10,6 +10,8 @@ from kvlink_core.compress import EncodedDocument
 from kvlink_core.errors import PayloadError, StoreUnavailableError
 from kvlink_core.store import CatalogRow, DocumentStore
 
+Read = EncodedDocument | PayloadError
+
 
 class SlowStore(DocumentStore):
     """Everything but the catalog in memory goes over the wire.

@@ -5,34 +5,26 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CACHES, Scene  # type: ignore[import-not-found]
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from store_places import make_cache, same
+from tier_scene import CACHES, Scene, reading_threads, soon
 
 from kvlink_core.compress import EncodedDocument
 from kvlink_core.errors import ConfigError, PayloadCorruptError, PayloadError, PayloadForeignError
 from kvlink_core.store.tiers import CacheKey, Found, TieredCache, Wanted
 from kvlink_core.types import DocumentCache
 
-Soon = Callable[[Callable[[], object]], None]
-
-
-def threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("kvlink-") and "load" not in t.name]
-
-
 # Found where
 
 
-def test_each_tier_in_turn(scene: Scene, tmp_path: Path, soon: Soon) -> None:
+def test_each_tier_in_turn(scene: Scene, tmp_path: Path) -> None:
     tiers = scene.tiers(disk_bytes=2**20, disk_path=tmp_path / "near")
     (key,) = [w.key for w in scene.wanted("d3")]
     found = tiers.fetch(scene.wanted("d3"))[key]
@@ -55,7 +47,7 @@ def test_each_tier_in_turn(scene: Scene, tmp_path: Path, soon: Soon) -> None:
 
 
 @pytest.mark.parametrize("scene", ["int8", "lossless"], indirect=True)
-def test_codecs_are_decoded_once_and_not_again_from_memory(scene: Scene, soon: Soon) -> None:
+def test_codecs_are_decoded_once_and_not_again_from_memory(scene: Scene) -> None:
     tiers = scene.tiers()
     (expected,) = scene.store.load([scene.rows["d1"]])
     found = tiers.fetch(scene.wanted("d1"))[scene.key("d1")]
@@ -64,7 +56,7 @@ def test_codecs_are_decoded_once_and_not_again_from_memory(scene: Scene, soon: S
     assert same(tiers.fetch(scene.wanted("d1"))[scene.key("d1")].cache, expected)  # type: ignore[arg-type]
 
 
-def test_a_damaged_copy_on_disk_is_read_from_the_store(scene: Scene, tmp_path: Path, soon: Soon) -> None:
+def test_a_damaged_copy_on_disk_is_read_from_the_store(scene: Scene, tmp_path: Path) -> None:
     tiers = scene.tiers(host_bytes=0, disk_bytes=2**20, disk_path=tmp_path / "near")
     tiers.fetch(scene.wanted("d0", "d1"))
     soon(lambda: tiers.stats.tiers["disk"].documents == 2)
@@ -81,8 +73,7 @@ def test_a_damaged_copy_on_disk_is_read_from_the_store(scene: Scene, tmp_path: P
 
 
 def test_without_a_store_only_what_was_computed_is_kept(scene: Scene) -> None:
-    scene.store = None  # type: ignore[assignment]
-    tiers = scene.tiers()
+    tiers = scene.tiers(alone=True)
     key = CacheKey("default", "f", "digest", "raw")
     wanted = [Wanted(key, None, 40, True)]
     assert tiers.fetch(wanted) == {key: Found()}
@@ -91,7 +82,6 @@ def test_without_a_store_only_what_was_computed_is_kept(scene: Scene) -> None:
     assert found.tier == "host"
     assert same(found.cache, CACHES["d0"])
     assert tiers.stats.read == {}
-    scene.store = type("", (), {"open": threading.Event()})()  # type: ignore[assignment]
 
 
 def test_what_was_computed_is_found_whatever_codec_is_stored(scene: Scene) -> None:
@@ -107,7 +97,7 @@ def test_what_was_computed_is_found_whatever_codec_is_stored(scene: Scene) -> No
 
 
 @pytest.mark.parametrize("host_bytes", [2**20, 0])
-def test_a_hundred_requests_for_a_cold_document_read_it_once(scene: Scene, host_bytes: int, soon: Soon) -> None:
+def test_a_hundred_requests_for_a_cold_document_read_it_once(scene: Scene, host_bytes: int) -> None:
     tiers = scene.tiers(host_bytes=host_bytes)
     scene.store.open.clear()
     start = threading.Barrier(101)
@@ -127,7 +117,7 @@ def test_a_hundred_requests_for_a_cold_document_read_it_once(scene: Scene, host_
     assert all(f.tier in ("store", "host") and same(f.cache, CACHES["d2"]) for f in found)
 
 
-def test_requests_that_overlap_share_what_they_share(scene: Scene, soon: Soon) -> None:
+def test_requests_that_overlap_share_what_they_share(scene: Scene) -> None:
     tiers = scene.tiers()
     scene.store.open.clear()
     with ThreadPoolExecutor(2) as pool:
@@ -141,7 +131,7 @@ def test_requests_that_overlap_share_what_they_share(scene: Scene, soon: Soon) -
     assert scene.store.reads == [["d0", "d1"], ["d2"]]
 
 
-def test_a_failure_is_shared_and_does_not_stick(scene: Scene, soon: Soon) -> None:
+def test_a_failure_is_shared_and_does_not_stick(scene: Scene) -> None:
     tiers = scene.tiers()
     scene.store.open.clear()
     scene.store.failing = True
@@ -184,7 +174,7 @@ def test_a_fault_of_our_own_is_no_reason_to_hang(scene: Scene, caplog: pytest.Lo
 # Ahead of time
 
 
-def test_prefetching_does_not_wait_and_what_it_brought_is_in_memory(scene: Scene, soon: Soon) -> None:
+def test_prefetching_does_not_wait_and_what_it_brought_is_in_memory(scene: Scene) -> None:
     tiers = scene.tiers(threads=2)
     scene.store.open.clear()
     started = time.monotonic()
@@ -207,7 +197,7 @@ def test_prefetching_does_not_wait_and_what_it_brought_is_in_memory(scene: Scene
     soon(lambda: tiers.stats.tiers["host"].documents == 3)
 
 
-def test_a_request_joins_what_is_being_prefetched(scene: Scene, soon: Soon) -> None:
+def test_a_request_joins_what_is_being_prefetched(scene: Scene) -> None:
     tiers = scene.tiers()
     scene.store.open.clear()
     tiers.prefetch(scene.wanted("d0"))
@@ -224,10 +214,11 @@ def test_a_request_joins_what_is_being_prefetched(scene: Scene, soon: Soon) -> N
 # Sizes
 
 
-def test_a_scan_leaves_what_is_asked_for_again(scene: Scene, soon: Soon) -> None:
+def test_a_scan_leaves_what_is_asked_for_again(scene: Scene) -> None:
     """40 documents that are asked for again and again, then 400 that are asked for once."""
-    scene.store = None  # type: ignore[assignment]
-    tiers = scene.tiers(host_bytes=60 * 4 * 4096)  # a document of 20 tokens takes 3 pages and one for the allocator
+    tiers = scene.tiers(
+        alone=True, host_bytes=60 * 4 * 4096
+    )  # a document of 20 tokens takes 3 pages and one for the allocator
     keys = [CacheKey("default", "f", str(n), "raw") for n in range(440)]
 
     def ask(key: CacheKey) -> bool:
@@ -241,7 +232,6 @@ def test_a_scan_leaves_what_is_asked_for_again(scene: Scene, soon: Soon) -> None
     for key in keys[40:]:
         assert not ask(key)
     assert sum(map(ask, keys[:40])) >= 38
-    scene.store = type("", (), {"open": threading.Event()})()  # type: ignore[assignment]
 
 
 def on_disk(directory: Path) -> int:
@@ -261,7 +251,7 @@ def on_disk(directory: Path) -> int:
         st.tuples(
             st.sampled_from(["fetch", "hold", "drop", "compute", "prefetch"]),
             st.sets(st.integers(0, 7), min_size=1, max_size=4),
-        ),  # noqa: E501
+        ),
         max_size=25,
     ),
     host=st.integers(1, 40),
@@ -335,7 +325,7 @@ def test_neither_do_eight_threads(scene: Scene, tmp_path: Path) -> None:
     assert tiers.stats.tiers["disk"].evictions > 5
 
 
-def test_a_document_is_not_evicted_under_its_reader(scene: Scene, soon: Soon) -> None:
+def test_a_document_is_not_evicted_under_its_reader(scene: Scene) -> None:
     """Its bytes stay as they are while it is held, though everything else has to find a place beside it."""
     tiers = scene.tiers(host_bytes=50_000)  # d0 takes a third of it
     tiers.fetch(scene.wanted("d0"))
@@ -357,8 +347,8 @@ def test_a_document_is_not_evicted_under_its_reader(scene: Scene, soon: Soon) ->
 # The end
 
 
-def test_closing_ends_the_threads_and_lets_everybody_go(scene: Scene, soon: Soon) -> None:
-    before = threads()
+def test_closing_ends_the_threads_and_lets_everybody_go(scene: Scene) -> None:
+    before = reading_threads()
     tiers = scene.tiers(threads=1)
     scene.store.open.clear()
     with ThreadPoolExecutor(2) as pool:
@@ -372,14 +362,12 @@ def test_closing_ends_the_threads_and_lets_everybody_go(scene: Scene, soon: Soon
         assert found.cache is not None or found.unavailable is not None
         assert waiting.result(10)[scene.key("d1")].unavailable is not None
         closing.join()
-    soon(lambda: threads() == before)
+    soon(lambda: reading_threads() == before)
     assert tiers.fetch(scene.wanted("d2"))[scene.key("d2")].unavailable is not None
     tiers.close()  # twice is once
 
 
-def test_closing_does_not_wait_for_a_store_that_hangs(
-    scene: Scene, soon: Soon, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closing_does_not_wait_for_a_store_that_hangs(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvlink_core.store.tiers.cache._CLOSING_S", 0.1)
     tiers = scene.tiers()
     scene.store.open.clear()
@@ -395,16 +383,16 @@ def test_closing_does_not_wait_for_a_store_that_hangs(
 
 def test_tiers_that_cannot_be_had_leave_nothing_behind(scene: Scene, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    before = threads()
+    before = reading_threads()
     with pytest.raises(ConfigError, match="disk tier cannot use"):
         scene.tiers(disk_bytes=2**20, disk_path=tmp_path / "file")
     with pytest.raises(ConfigError, match="needs a CUDA GPU"):
         scene.tiers(device_bytes=2**20)
-    assert threads() == before
+    assert reading_threads() == before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
-def test_on_a_gpu_host_memory_is_pinned_and_what_is_loaded_is_on_the_device(scene: Scene, soon: Soon) -> None:
+def test_on_a_gpu_host_memory_is_pinned_and_what_is_loaded_is_on_the_device(scene: Scene) -> None:
     from kvlink_core.store.tiers import TierSettings
 
     settings_ = TierSettings(device_bytes=2**20, host_bytes=2**20, recompute="never")
