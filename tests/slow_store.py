@@ -20,7 +20,7 @@ class SlowStore(DocumentStore):
         reads: the documents of each round of reading, by id.
         asked: what else was asked for: ``token_ids`` and ``refresh``.
         failing: whether it refuses to answer.
-        open: cleared, it hangs until it is set.
+        gate: cleared, it hangs until it is set.
         latency_s, bytes_per_s: of the wire.
         spoil: what happens to documents on their way.
     """
@@ -30,8 +30,8 @@ class SlowStore(DocumentStore):
         self.reads: list[list[str]] = []
         self.asked: list[str] = []
         self.failing = False
-        self.open = threading.Event()
-        self.open.set()
+        self.gate = threading.Event()
+        self.gate.set()
         self.latency_s = 0.0
         self.bytes_per_s = float("inf")
         self.spoil: Callable[[EncodedDocument | PayloadError], EncodedDocument | PayloadError] = lambda document: (
@@ -54,7 +54,7 @@ class SlowStore(DocumentStore):
         return super().refresh()
 
     def _cross(self, nbytes: int) -> None:
-        if not self.open.wait(30):
+        if not self.gate.wait(30):
             raise AssertionError("a test left its store hanging")
         if self.failing:
             raise StoreUnavailableError("the wire is cut")

@@ -84,6 +84,7 @@ def test_usage_counts(tiny_model: LoadedModel, store: DocumentStore) -> None:
     assert session.counters.as_dict() == {
         "documents_hit": 1, "documents_encoded": 1, "corrupt_payloads": 0,
         "requested_tokens": lengths["a"] + new, "hit_tokens": lengths["a"],
+        "hit_tokens_device": 0, "hit_tokens_host": 0, "hit_tokens_disk": 0, "hit_tokens_store": lengths["a"],
     }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ class Scene:
         self.made: list[TieredCache] = []
 
     def tiers(self, *, alone: bool = False, **changes: Any) -> TieredCache:
-        """New ones; by default, 1 MiB of host memory, and loading whatever can be loaded. ``alone``: without a store."""
+        """New ones; by default, 1 MiB of host memory, and loading whatever can be loaded. ``alone``: no store."""
         accept = changes.pop("accept", lambda cache: None)
         settings = TierSettings(**{"host_bytes": 2**20, "recompute": "never", "timeout_s": 20.0, **changes})
         payloads = None if alone else self.store

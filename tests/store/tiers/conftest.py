@@ -17,6 +17,6 @@ def scene(local: Place, request: pytest.FixtureRequest) -> Iterator[Scene]:
     store.commit(store.write_shard(list(CACHES.items())))
     made = Scene(SlowStore(store))
     yield made
-    made.store.open.set()
+    made.store.gate.set()
     for tiers in made.made:
         tiers.close()

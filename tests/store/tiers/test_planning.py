@@ -69,10 +69,8 @@ def test_no_part_is_ever_negative(seen: list[tuple[float, float]]) -> None:
 # Choices
 
 
-def candidate(
-    source: str = "store", nbytes: int = 1000, tokens: int = 10, *, decoded: int = 0, computable: bool = True
-) -> Candidate:
-    return Candidate(source, nbytes, decoded, tokens, computable)  # type: ignore[arg-type]
+def candidate(source: str = "store", nbytes: int = 1000, tokens: int = 10, *, computable: bool = True) -> Candidate:
+    return Candidate(source, nbytes, tokens, computable)  # type: ignore[arg-type]
 
 
 def planner(*, store: float = 0.0, disk: float = 0.0, decode: float = 0.0, encode: float = 0.0) -> Planner:
@@ -81,7 +79,7 @@ def planner(*, store: float = 0.0, disk: float = 0.0, decode: float = 0.0, encod
     for cost, slope in (
         (made.read["store"], store),
         (made.read["disk"], disk),
-        (made.decode, decode),
+        (made.decode, decode),  # by tokens
         (made.encode, encode),
     ):
         for amount in (100, 200) if slope else ():
@@ -99,11 +97,11 @@ def test_what_is_unknown_is_tried() -> None:
     [
         ({"store": 1e-6, "encode": 1e-3}, True),  # 1 ms against 10
         ({"store": 1e-4, "encode": 1e-3}, False),  # 100 against 10
-        ({"store": 1e-6, "encode": 1e-3, "decode": 1e-5}, False),  # 1 + 20 for decoding
+        ({"store": 1e-6, "encode": 1e-3, "decode": 2e-3}, False),  # 1 + 20 for decoding
     ],
 )
 def test_the_faster_one_is_chosen(costs: dict[str, float], load: bool) -> None:
-    assert planner(**costs).choose([candidate(decoded=2000)]) == [load]
+    assert planner(**costs).choose([candidate()]) == [load]
 
 
 def test_it_depends_on_the_document() -> None:
@@ -131,7 +129,7 @@ def test_a_round_that_is_waited_for_anyway_carries_others_along() -> None:
 DOCUMENTS = st.lists(
     st.builds(
         Candidate, st.sampled_from(["disk", "store"]),
-        st.integers(1, 1000), st.integers(1, 1000), st.integers(1, 50), st.booleans(),
+        st.integers(1, 1000), st.integers(1, 50), st.booleans(),
     ),
     max_size=5,
 )  # fmt: skip
@@ -158,7 +156,7 @@ def test_no_other_choice_is_expected_to_be_faster(documents: list[Candidate], se
             if here := [d for d in loaded if d.source == source]:
                 total += truth[source][0] + truth[source][1] * sum(d.nbytes for d in here)
         if loaded:
-            total += truth["decode"][0] + truth["decode"][1] * sum(d.decoded for d in loaded)
+            total += truth["decode"][0] + truth["decode"][1] * sum(d.tokens for d in loaded)
         if computed:
             total += truth["encode"][0] + truth["encode"][1] * sum(d.tokens for d in computed)
         return total
@@ -177,11 +175,42 @@ def test_an_avoided_source_is_tried_now_and_then() -> None:
     clock = Clock()
     made = Planner(probe_every_s=10, clock=clock)
     made.observe_read("store", 100, 1.0)
-    assert not made.probe_due("store")
+    due = made.source_probe_due
+    assert not due("store")
     clock.now += 10
-    assert [made.probe_due("store"), made.probe_due("store"), made.probe_due("disk")] == [True, False, True]
+    assert [due("store"), due("store"), due("disk")] == [True, False, True]
     clock.now += 9
-    assert not made.probe_due("store")
+    assert not due("store")
+
+
+def test_computing_is_tried_now_and_then_where_it_may_be_a_rival() -> None:
+    clock = Clock()
+    made = Planner(probe_every_s=10, clock=clock)
+    for amount in (10, 20):
+        made.observe_encode(amount, amount * 1e-3)
+        made.observe_read("store", amount * 100, amount * 5e-4)  # half of that
+    small, large = candidate(nbytes=1000, tokens=10), candidate(nbytes=2000, tokens=20)
+    assert made.choose([large, small]) == [True, True]
+    assert made.encode_probe([large, small], [True, True]) is None
+    clock.now += 10
+    assert made.encode_probe([large, small], [False, False]) is None
+    assert made.encode_probe([candidate(nbytes=400, tokens=10)], [True]) is None  # a fifth: no rival
+    assert made.encode_probe([candidate(computable=False)], [True]) is None
+    assert made.encode_probe([large, small], [True, True]) == 1
+    assert made.encode_probe([large, small], [True, True]) is None
+
+
+def test_token_ids_are_worth_asking_for_if_the_asking_pays_too() -> None:
+    made = planner(store=1e-4, encode=1e-3)  # 100 ms to load, 10 to compute
+    by_id, fast = candidate(computable=False), candidate(nbytes=10, computable=False)
+    assert made.worth_asking([by_id, candidate(), fast]) == [True, False, False]
+    for documents in (1, 2):
+        made.ask.observe(documents, documents * 0.08)
+    assert made.worth_asking([by_id]) == [True]  # 80 + 10
+    for documents in (1, 2) * 10:
+        made.ask.observe(documents, documents * 0.1)
+    assert made.worth_asking([by_id]) == [False]
+    assert Planner().worth_asking([by_id]) == [False]
 
 
 # The breaker

@@ -99,7 +99,7 @@ def test_what_was_computed_is_found_whatever_codec_is_stored(scene: Scene) -> No
 @pytest.mark.parametrize("host_bytes", [2**20, 0])
 def test_a_hundred_requests_for_a_cold_document_read_it_once(scene: Scene, host_bytes: int) -> None:
     tiers = scene.tiers(host_bytes=host_bytes)
-    scene.store.open.clear()
+    scene.store.gate.clear()
     start = threading.Barrier(101)
 
     def ask() -> Found:
@@ -111,7 +111,7 @@ def test_a_hundred_requests_for_a_cold_document_read_it_once(scene: Scene, host_
         start.wait()
         soon(lambda: scene.store.reads)
         time.sleep(0.05)
-        scene.store.open.set()
+        scene.store.gate.set()
         found = [answer.result(10) for answer in answers]
     assert scene.store.reads == [["d2"]]
     assert all(f.tier in ("store", "host") and same(f.cache, CACHES["d2"]) for f in found)
@@ -119,13 +119,13 @@ def test_a_hundred_requests_for_a_cold_document_read_it_once(scene: Scene, host_
 
 def test_requests_that_overlap_share_what_they_share(scene: Scene) -> None:
     tiers = scene.tiers()
-    scene.store.open.clear()
+    scene.store.gate.clear()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(tiers.fetch, scene.wanted("d0", "d1"))
         soon(lambda: len(scene.store.reads) == 1)
         second = pool.submit(tiers.fetch, scene.wanted("d1", "d2"))
         soon(lambda: len(scene.store.reads) == 2)
-        scene.store.open.set()
+        scene.store.gate.set()
         assert same(first.result(10)[scene.key("d1")].cache, CACHES["d1"])
         assert same(second.result(10)[scene.key("d1")].cache, CACHES["d1"])
     assert scene.store.reads == [["d0", "d1"], ["d2"]]
@@ -133,13 +133,13 @@ def test_requests_that_overlap_share_what_they_share(scene: Scene) -> None:
 
 def test_a_failure_is_shared_and_does_not_stick(scene: Scene) -> None:
     tiers = scene.tiers()
-    scene.store.open.clear()
+    scene.store.gate.clear()
     scene.store.failing = True
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(tiers.fetch, scene.wanted("d0")) for _ in range(8)]
         soon(lambda: scene.store.reads)
         time.sleep(0.02)
-        scene.store.open.set()
+        scene.store.gate.set()
         assert all(answer.result(10)[scene.key("d0")].unavailable is not None for answer in answers)
     assert len(scene.store.reads) <= 2
     scene.store.failing = False
@@ -176,13 +176,13 @@ def test_a_fault_of_our_own_is_no_reason_to_hang(scene: Scene, caplog: pytest.Lo
 
 def test_prefetching_does_not_wait_and_what_it_brought_is_in_memory(scene: Scene) -> None:
     tiers = scene.tiers(threads=2)
-    scene.store.open.clear()
+    scene.store.gate.clear()
     started = time.monotonic()
     tiers.prefetch(scene.wanted("d0", "d1"))
     tiers.prefetch(scene.wanted("d2"))  # one too many: half of the threads are left to those who wait
     assert time.monotonic() - started < 5
     soon(lambda: scene.store.reads)
-    scene.store.open.set()
+    scene.store.gate.set()
     soon(lambda: tiers.stats.tiers["host"].documents == 2)
     found = tiers.fetch(scene.wanted("d0", "d1"))
     assert {f.tier for f in found.values()} == {"host"}
@@ -199,14 +199,14 @@ def test_prefetching_does_not_wait_and_what_it_brought_is_in_memory(scene: Scene
 
 def test_a_request_joins_what_is_being_prefetched(scene: Scene) -> None:
     tiers = scene.tiers()
-    scene.store.open.clear()
+    scene.store.gate.clear()
     tiers.prefetch(scene.wanted("d0"))
     soon(lambda: scene.store.reads)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(tiers.fetch, scene.wanted("d0"))
         time.sleep(0.02)
         assert not answer.done()
-        scene.store.open.set()
+        scene.store.gate.set()
         assert same(answer.result(10)[scene.key("d0")].cache, CACHES["d0"])
     assert scene.store.reads == [["d0"]]
 
@@ -350,12 +350,12 @@ def test_a_document_is_not_evicted_under_its_reader(scene: Scene) -> None:
 def test_closing_ends_the_threads_and_lets_everybody_go(scene: Scene) -> None:
     before = reading_threads()
     tiers = scene.tiers(threads=1)
-    scene.store.open.clear()
+    scene.store.gate.clear()
     with ThreadPoolExecutor(2) as pool:
         reading = pool.submit(tiers.fetch, scene.wanted("d0"))
         soon(lambda: scene.store.reads)
         waiting = pool.submit(tiers.fetch, scene.wanted("d1"))
-        closing = threading.Timer(0.1, scene.store.open.set)
+        closing = threading.Timer(0.1, scene.store.gate.set)
         closing.start()
         tiers.close()
         found = reading.result(10)[scene.key("d0")]
@@ -370,7 +370,7 @@ def test_closing_ends_the_threads_and_lets_everybody_go(scene: Scene) -> None:
 def test_closing_does_not_wait_for_a_store_that_hangs(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvlink_core.store.tiers.cache._CLOSING_S", 0.1)
     tiers = scene.tiers()
-    scene.store.open.clear()
+    scene.store.gate.clear()
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(tiers.fetch, scene.wanted("d0"))
         soon(lambda: scene.store.reads)
@@ -378,7 +378,7 @@ def test_closing_does_not_wait_for_a_store_that_hangs(scene: Scene, monkeypatch:
         tiers.close()
         assert time.monotonic() - started < 5
         assert reading.result(10)[scene.key("d0")].unavailable is not None
-        scene.store.open.set()
+        scene.store.gate.set()
 
 
 def test_tiers_that_cannot_be_had_leave_nothing_behind(scene: Scene, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_store_that_hangs_costs_a_time_out_then_nothing_and_recovers(scene: Sc
     )  # fmt: skip
     tiers.fetch(scene.wanted("d7"))
     soon(lambda: tiers.stats.tiers["disk"].documents == 1)
-    scene.store.open.clear()
+    scene.store.gate.clear()
     took = []
     for name in ("d0", "d1", "d2", "d3", "d4"):
         started = time.monotonic()
@@ -98,8 +98,8 @@ def test_a_store_that_hangs_costs_a_time_out_then_nothing_and_recovers(scene: Sc
     # The disk has threads of its own.
     assert tiers.fetch(scene.wanted("d7"))[scene.key("d7")].tier == "disk"
     # It goes on hanging for those that hang, and answers the others: they find a thread all the same.
-    hanging, scene.store.open = scene.store.open, threading.Event()
-    scene.store.open.set()
+    hanging, scene.store.gate = scene.store.gate, threading.Event()
+    scene.store.gate.set()
     soon(lambda: tiers.fetch(scene.wanted("d6"))[scene.key("d6")].cache is not None)
     assert tiers.stats.circuit == "closed"
     hanging.set()
@@ -107,7 +107,7 @@ def test_a_store_that_hangs_costs_a_time_out_then_nothing_and_recovers(scene: Sc
 
 def test_a_request_by_id_waits_as_long_as_the_time_out_says_in_all(scene: Scene) -> None:
     tiers = scene.tiers(timeout_s=0.3)
-    scene.store.open.clear()
+    scene.store.gate.clear()
     started = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(tiers.fetch, scene.wanted("d0", computable=False))
@@ -123,7 +123,7 @@ def test_other_questions_go_through_the_same_circuit(scene: Scene) -> None:
     assert tiers.ask(lambda: 7) == 7
     with pytest.raises(PayloadMissingError):  # an answer
         tiers.ask(raising(PayloadMissingError("gone")))
-    scene.store.open.clear()
+    scene.store.gate.clear()
     for _ in range(2):
         started = time.monotonic()
         with pytest.raises(StoreUnavailableError, match="not answered within"):
@@ -146,7 +146,7 @@ def raising(error: Exception):  # type: ignore[no-untyped-def]
 
 def test_it_is_waited_for_as_long_as_computing_takes_and_then_computed(scene: Scene) -> None:
     tiers = knowing(scene.tiers(recompute="auto", timeout_s=20), token_s=0.1 / 40)  # d0 takes 0.1 s
-    scene.store.open.clear()
+    scene.store.gate.clear()
     started = time.monotonic()
     found = tiers.fetch(scene.wanted("d0"))[scene.key("d0")]
     assert found.unavailable is not None
@@ -155,7 +155,7 @@ def test_it_is_waited_for_as_long_as_computing_takes_and_then_computed(scene: Sc
     started = time.monotonic()
     assert tiers.fetch(scene.wanted("d0"))[scene.key("d0")].cache is None  # it is known to be slow by now
     assert time.monotonic() - started < 0.09
-    scene.store.open.set()
+    scene.store.gate.set()
     soon(lambda: tiers.fetch(scene.wanted("d0"))[scene.key("d0")].tier == "host")  # what came late is kept
 
 
