@@ -9,12 +9,23 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import click
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 
 from kvlink_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvlink_core.store.tiers import TierSettings
 
 #: Where the store is when the settings do not say: the same configuration then runs on a laptop and on a cluster.
 STORE_VARIABLE = "KVLINK_STORE"
@@ -91,6 +102,40 @@ class SamplingDefaults(_Settings):
     max_tokens: int = Field(default=128, ge=1)
 
 
+class TierConfig(_Settings):
+    """Where each engine replica keeps caches between requests. Sizes as in ``2GiB``; reasons in ``configs/``."""
+
+    enabled: bool = Field(default=True, description="false: keep nothing, load everything from the store")
+    device_bytes: ByteSize = Field(default=ByteSize(0), description="GPU memory; needs device=cuda")
+    host_bytes: ByteSize = Field(default=ByteSize(2**30), description="host memory; pinned with device=cuda")
+    disk_bytes: ByteSize = Field(default=ByteSize(0), description="local disk, for copies of a remote store")
+    disk_path: str | None = Field(default=None, min_length=1, description="a local directory for them")
+    threads: int = Field(default=4, ge=1, le=16, description="reads of the store at the same time")
+    timeout_s: float = Field(default=10.0, gt=0, description="a store that takes longer to answer has failed")
+    failures: int = Field(default=3, ge=1, description="failures in a row after which the store is left alone...")
+    retry_after_s: float = Field(default=5.0, ge=0, description="...for so long; doubled with each failed trial")
+    recompute: Literal["auto", "never"] = Field(
+        default="auto", description="auto: compute a document where that is faster than loading it"
+    )
+    probe_every_s: float = Field(default=10.0, ge=0, description="how often the slower way is tried again")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if bool(self.disk_bytes) != (self.disk_path is not None):
+            raise ValueError("the disk tier needs both disk_path and disk_bytes")
+        return self
+
+    def settings(self) -> TierSettings | None:
+        """For the core; ``None`` if there are to be no tiers."""
+        # Here, because the ingress reads settings too, and has no need of torch.
+        from kvlink_core.store.tiers import TierSettings
+
+        if not self.enabled:
+            return None
+        values: dict[str, Any] = self.model_dump(exclude={"enabled"})
+        return TierSettings(**{k: int(v) if k.endswith("_bytes") else v for k, v in values.items()})
+
+
 class ServiceConfig(_Settings):
     """Everything that ``serve.app:build_app`` takes."""
 
@@ -108,6 +153,7 @@ class ServiceConfig(_Settings):
     )
     linker: str | None = Field(default=None, description="for requests that name none; default: the model's own")
     sampling: SamplingDefaults = SamplingDefaults()
+    tiers: TierConfig = TierConfig()
     engine: EngineSettings = EngineSettings()
     ingress: IngressSettings = IngressSettings()
 
@@ -139,7 +185,10 @@ class ServiceConfig(_Settings):
 
     def absolute(self) -> ServiceConfig:
         """The same with local paths made absolute: a replica's working directory is not the caller's."""
-        changes: dict[str, str] = {}
+        changes: dict[str, Any] = {}
+        if self.tiers.disk_path is not None:
+            path = str(Path(self.tiers.disk_path).expanduser().absolute())
+            changes["tiers"] = self.tiers.model_copy(update={"disk_path": path})
         if self.store is not None and "://" not in self.store:
             changes["store"] = str(Path(self.store).expanduser().absolute())
         model = Path(self.model).expanduser()

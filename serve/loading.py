@@ -46,13 +46,16 @@ def open_store(settings: ServiceConfig, fingerprint: Fingerprint) -> DocumentSto
 
 
 def open_session(settings: ServiceConfig) -> Session:
-    """Load the model and open the store.
+    """Load the model, open the store, and make room for the tiers.
 
     Raises:
         KVLinkError: as ``check``, and whatever only loading shows.
     """
     model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
-    return Session(model, open_store(settings, model.fingerprint))
+    session = Session(model, open_store(settings, model.fingerprint), settings.tiers.settings())
+    if settings.tiers.recompute == "auto":
+        session.calibrate()
+    return session
 
 
 def model_card(session: Session, settings: ServiceConfig) -> ModelCard:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
+from kvlink_core.store.tiers import CacheStats
+from serve.tier_metrics import TierMetrics
 from serve.wire import Report
 
 #: Seconds; fine below 100 ms, where a hot request lives.
@@ -23,8 +26,12 @@ class Metrics(Protocol):
         """A request got its first token."""
         ...
 
-    def lookup(self, *, requested_tokens: int, hit_tokens: int, corrupt_payloads: int) -> None:
-        """The documents of a request were resolved."""
+    def lookup(self, *, requested_tokens: int, hit_tokens: Mapping[str, int], corrupt_payloads: int) -> None:
+        """The documents of a request were resolved; ``hit_tokens`` by tier."""
+        ...
+
+    def tiers(self, stats: CacheStats) -> None:
+        """What the tiers hold now, and did since start."""
         ...
 
     def finished(self, report: Report, seconds: float) -> None:
@@ -57,7 +64,9 @@ class PrometheusMetrics:
             "kvlink_lookup_requested_tokens_total", description="Document tokens that requests asked for."
         )
         self._hit = Counter(
-            "kvlink_lookup_hit_tokens_total", description="Of these, tokens that the store had.", tag_keys=("tier",)
+            "kvlink_lookup_hit_tokens_total",
+            description="Of these, tokens that were found, by where: device, host, disk, store.",
+            tag_keys=("tier",),
         )
         self._recomputed = Counter(
             "kvlink_recomputed_tokens_total", description="Document tokens encoded while a request waited."
@@ -69,6 +78,7 @@ class PrometheusMetrics:
         self._failed = Counter(
             "kvlink_request_failures_total", description="Requests answered with an error.", tag_keys=("code",)
         )
+        self._tiers = TierMetrics()
 
     def running(self, count: int) -> None:
         """Requests in this replica now."""
@@ -78,16 +88,22 @@ class PrometheusMetrics:
         """A request got its first token."""
         self._ttft.observe(seconds, tags={"linker": linker})
 
-    def lookup(self, *, requested_tokens: int, hit_tokens: int, corrupt_payloads: int) -> None:
+    def lookup(self, *, requested_tokens: int, hit_tokens: Mapping[str, int], corrupt_payloads: int) -> None:
         """The documents of a request were resolved. Zeros are not reported."""
         if requested_tokens:
             self._requested.inc(requested_tokens)
-        if hit_tokens:
-            self._hit.inc(hit_tokens, tags={"tier": "store"})
-        if requested_tokens > hit_tokens:
-            self._recomputed.inc(requested_tokens - hit_tokens)
+        for tier, tokens in hit_tokens.items():
+            if tokens:
+                self._hit.inc(tokens, tags={"tier": tier})
+        recomputed = requested_tokens - sum(hit_tokens.values())
+        if recomputed > 0:
+            self._recomputed.inc(recomputed)
         if corrupt_payloads:
             self._corrupt.inc(corrupt_payloads)
+
+    def tiers(self, stats: CacheStats) -> None:
+        """What the tiers hold now, and did since start."""
+        self._tiers.show(stats)
 
     def finished(self, report: Report, seconds: float) -> None:
         """A request was answered to its end."""

@@ -32,7 +32,7 @@ class DocumentOut(BaseModel):
 
     id: str | None
     tokens: int
-    origin: Literal["store", "encoded", "reencoded-corrupt"] | None
+    origin: Literal["device", "host", "disk", "store", "encoded", "reencoded-corrupt"] | None
 
 
 class KVLinkOut(BaseModel):

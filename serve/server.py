@@ -20,6 +20,7 @@ import torch
 from kvlink_core.engine import SamplingParams
 from kvlink_core.errors import KVLinkError
 from kvlink_core.session import Answer, AnswerRequest, Session
+from kvlink_core.store.tiers import TIERS
 from kvlink_core.types import Document, DocumentRef, Message, check_document_id
 from serve.config import ServiceConfig
 from serve.loading import model_card, open_session
@@ -87,7 +88,8 @@ class EngineServer:
         self._linker = linker
         self._steps = _Steps()
         self._running = 0
-        self._counted = dict.fromkeys(("requested_tokens", "hit_tokens", "corrupt_payloads"), 0)
+        self._counted = session.counters.as_dict()
+        self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
 
     async def card(self) -> ModelCard:
         """What is served."""
@@ -113,6 +115,8 @@ class EngineServer:
         self._running += 1
         self._metrics.running(self._running)
         try:
+            if self._running > 1:  # it has to wait for its turn: its documents need not
+                self._ahead.submit(self._prefetch, request)
             answer = self._steps.submit(lambda: self._start(request))
             started = await asyncio.wrap_future(answer)
             ttft_s = time.monotonic() - arrived
@@ -143,14 +147,26 @@ class EngineServer:
         try:
             answer = self._session.start(self._core_request(request))
         finally:
-            counters = self._session.counters.as_dict()
-            changes = {name: counters[name] - before for name, before in self._counted.items()}
-            self._counted = {name: counters[name] for name in self._counted}
-            self._metrics.lookup(**changes)
+            before, self._counted = self._counted, self._session.counters.as_dict()
+            changes = {name: now - before[name] for name, now in self._counted.items()}
+            self._metrics.lookup(
+                requested_tokens=changes["requested_tokens"],
+                hit_tokens={tier: changes[f"hit_tokens_{tier}"] for tier in TIERS},
+                corrupt_payloads=changes["corrupt_payloads"],
+            )
+            if (stats := self._session.tier_stats) is not None:
+                self._metrics.tiers(stats)
         for document in answer.documents:
             if document.origin == "reencoded-corrupt":
                 _log("corrupt_payload", logging.WARNING, request.request_id, document_id=document.id)
         return answer
+
+    def _prefetch(self, request: EngineRequest) -> None:
+        """Beside the computing thread: begin to load what ``_start`` will want."""
+        try:
+            self._session.prefetch(self._core_request(request))
+        except KVLinkError as error:  # said when its turn comes
+            logger.debug("request %s: nothing to prefetch: %s", request.request_id, error)
 
     def _core_request(self, request: EngineRequest) -> AnswerRequest:
         return AnswerRequest(

@@ -25,6 +25,22 @@ def test_strings_of_a_command_line_become_numbers_in_their_places() -> None:
     assert config.model == "embedded"
 
 
+def test_sizes_of_tiers_are_written_as_people_write_them() -> None:
+    given = {
+        "store": None, "device": "cuda", "tiers.device_bytes": "20GiB", "tiers.host_bytes": "1.5 GiB",
+        "tiers.disk_bytes": 2_000_000_000, "tiers.disk_path": "near", "tiers.timeout_s": "2.5",
+    }  # fmt: skip
+    settings = ServiceConfig.model_validate(given).absolute().tiers.settings()
+    assert settings is not None
+    assert (settings.device_bytes, settings.host_bytes, settings.disk_bytes) == (20 * 2**30, 3 * 2**29, 2 * 10**9)
+    assert settings.disk_path == str(Path("near").absolute())
+    assert (settings.timeout_s, settings.recompute) == (2.5, "auto")
+    default = ServiceConfig.model_validate({"store": None}).tiers.settings()
+    assert default is not None
+    assert (default.device_bytes, default.host_bytes, default.disk_bytes) == (0, 2**30, 0)
+    assert ServiceConfig.model_validate({"store": None, "tiers.enabled": "false"}).tiers.settings() is None
+
+
 def test_a_dumped_configuration_is_read_back_the_same() -> None:
     config = ServiceConfig.model_validate({"store": None, "engine": {"torch_threads": 2}})
     assert ServiceConfig.model_validate(config.model_dump()) == config
@@ -46,6 +62,15 @@ def test_a_dumped_configuration_is_read_back_the_same() -> None:
         ),
         ({"store": "x", "engine": "fast", "engine.num_cpus": "1"}, "'engine' is given a value of its own"),
         ({"store": "x", "sampling.temperature": "3"}, "setting 'sampling.temperature': Input should be less"),
+        (
+            {"store": "x", "tiers.host_byte": "1GiB"},
+            "'tiers.host_byte'; did you mean 'tiers.host_bytes'?",
+        ),
+        ({"store": "x", "tiers.host_bytes": "a lot"}, "setting 'tiers.host_bytes': could not parse value and unit"),
+        ({"store": "x", "tiers.host_bytes": "-1GiB"}, "setting 'tiers.host_bytes'"),
+        ({"store": "x", "tiers.disk_bytes": "1GiB"}, "the disk tier needs both disk_path and disk_bytes"),
+        ({"store": "x", "tiers.recompute": "maybe"}, "setting 'tiers.recompute': Input should be 'auto' or 'never'"),
+        ({"store": "x", "tiers.threads": "0"}, "setting 'tiers.threads': Input should be greater"),
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(settings: dict[str, Any], said: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from kvlink_core.engine import TokenEvent
 from kvlink_core.errors import KVLinkError, StoreUnavailableError, UnknownDocumentError
 from kvlink_core.session import AnswerRequest, Timings, Usage
 from kvlink_core.store.resolver import Counters, ResolvedDocument
+from kvlink_core.store.tiers import CacheStats
 from kvlink_core.types import Document, DocumentRef
 from serve.server import EngineServer
 from serve.wire import (
@@ -65,6 +66,8 @@ class ScriptedSession:
         self.requests: list[AnswerRequest] = []
         self.answers: list[ScriptedAnswer] = []
         self.counters = Counters()
+        self.tier_stats: CacheStats | None = None
+        self.prefetched: list[AnswerRequest] = []
         self.documents: list[ResolvedDocument] = []
         self.on_step: Callable[[str], None] = lambda name: None
 
@@ -73,12 +76,16 @@ class ScriptedSession:
         self.threads.add(threading.current_thread().name)
         self.on_step(name)
 
+    def prefetch(self, asked: AnswerRequest) -> None:
+        self.prefetched.append(asked)
+
     def start(self, asked: AnswerRequest) -> ScriptedAnswer:
         self.requests.append(asked)
         self.step(asked.messages[-1].content)
         self.counters.add(
             requested_tokens=sum(d.tokens for d in self.documents),
-            hit_tokens=sum(d.tokens for d in self.documents if d.origin == "store"),
+            hit_tokens_store=sum(d.tokens for d in self.documents if d.origin == "store"),
+            hit_tokens_host=sum(d.tokens for d in self.documents if d.origin == "host"),
             corrupt_payloads=sum(d.origin == "reencoded-corrupt" for d in self.documents),
         )
         self.answers.append(ScriptedAnswer(self, asked.messages[-1].content))
@@ -95,8 +102,12 @@ class RecordedMetrics:
     def first_token(self, linker: str, seconds: float) -> None:
         self.seen.append(("first_token", linker))
 
-    def lookup(self, *, requested_tokens: int, hit_tokens: int, corrupt_payloads: int) -> None:
-        self.seen.append(("lookup", requested_tokens, hit_tokens, corrupt_payloads))
+    def lookup(self, *, requested_tokens: int, hit_tokens: Mapping[str, int], corrupt_payloads: int) -> None:
+        by_tier = {tier: tokens for tier, tokens in hit_tokens.items() if tokens}
+        self.seen.append(("lookup", requested_tokens, by_tier, corrupt_payloads))
+
+    def tiers(self, stats: CacheStats) -> None:
+        self.seen.append(("tiers", stats.circuit))
 
     def finished(self, report: Report, seconds: float) -> None:
         self.seen.append(("finished", report.linker))
@@ -131,7 +142,7 @@ def test_an_answer_and_its_report() -> None:
     assert list(asked.documents) == [DocumentRef("a"), Document("", "text", "title")]
     assert metrics.seen == [
         ("running", 1),
-        ("lookup", 0, 0, 0),
+        ("lookup", 0, {}, 0),
         ("first_token", "full"),
         ("finished", "full"),
         ("running", 0),
@@ -289,7 +300,36 @@ def test_a_refused_payload_is_counted_and_logged_with_its_document(caplog: pytes
             asyncio.run(collect(server, request("q")))
         finally:
             logging.getLogger("ray.serve").removeHandler(caplog.handler)
-    assert [m for m in metrics.seen if m[0] == "lookup"] == [("lookup", 12, 7, 1)] * 2
+    assert [m for m in metrics.seen if m[0] == "lookup"] == [("lookup", 12, {"store": 7}, 1)] * 2
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert warnings
     assert all("corrupt_payload" in w and "request_id=q" in w and "document_id='bad'" in w for w in warnings)
+
+
+def test_tiers_are_reported_and_documents_of_those_who_wait_are_fetched_ahead() -> None:
+    session, release, entered = ScriptedSession(), threading.Event(), threading.Event()
+    session.documents = [ResolvedDocument("near", 5, "host"), ResolvedDocument("far", 7, "store")]
+    session.tier_stats = CacheStats({}, {}, computed=0, late=0, failures=3, circuit="open", circuit_opened=1)
+
+    def hold(name: str) -> None:
+        entered.set()
+        assert release.wait(30)
+
+    session.on_step = hold
+
+    async def go() -> RecordedMetrics:
+        server, metrics = serving(session)
+        first = asyncio.create_task(collect(server, request("first")))
+        await asyncio.to_thread(entered.wait, 30)
+        second = asyncio.create_task(collect(server, request("second")))
+        while not session.prefetched:
+            await asyncio.sleep(0.005)
+        assert session.steps == ["first"]
+        release.set()
+        await asyncio.gather(first, second)
+        return metrics
+
+    metrics = asyncio.run(go())
+    assert [r.messages[-1].content for r in session.prefetched] == ["second"]
+    assert [m for m in metrics.seen if m[0] == "lookup"] == [("lookup", 12, {"host": 5, "store": 7}, 0)] * 2
+    assert metrics.seen.count(("tiers", "open")) == 2
