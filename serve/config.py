@@ -133,7 +133,8 @@ class TierConfig(_Settings):
         if not self.enabled:
             return None
         values: dict[str, Any] = self.model_dump(exclude={"enabled"})
-        return TierSettings(**{k: int(v) if k.endswith("_bytes") else v for k, v in values.items()})
+        values |= {name: int(values[name]) for name in ("device_bytes", "host_bytes", "disk_bytes")}
+        return TierSettings(**values)
 
 
 class ServiceConfig(_Settings):

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvlink_core.cli.bench_tiers import bench_tiers
 from kvlink_core.cli.common import Device, Dtype, Model, probe, progress_bar, stderr, stdout
 from kvlink_core.errors import ConfigError
 
@@ -23,6 +24,7 @@ bench_app = typer.Typer(
     help="Measure speed (alternating runs in one process, medians and ratios) and accuracy by dtype.",
     no_args_is_help=True,
 )
+bench_app.command("tiers")(bench_tiers)
 
 #: Columns for tables that go into a file or a pipe.
 _WIDTH = 140
