@@ -131,7 +131,10 @@ class DiskTier:
             data = self._map(name, copy)
             return _read(data, replace(row, shard=copy.shard, row_group=0))
         except (PayloadError, OSError) as error:
-            logger.warning("the disk tier's copy of document %r is not sound, removing it: %s", row.document_id, error)
+            # Its text alone: a log that kept the error would keep the frames in which the copy is lent.
+            logger.warning(
+                "the disk tier's copy of document %r is not sound, removing it: %s", row.document_id, str(error)
+            )
         data = None  # its lease ends here
         with self._lock:
             self._settle()

@@ -54,6 +54,10 @@ class Memory(Protocol):
         """Whether it is an accelerator's, so that token ids have no business there."""
         ...
 
+    def counted(self, nbytes: int) -> int:
+        """What a block for ``nbytes`` would count."""
+        ...
+
     def take(self, nbytes: int) -> Block | None:
         """Memory for ``nbytes``, or ``None`` when there is none now; counted before it is allocated."""
         ...
@@ -100,9 +104,13 @@ class HeapMemory:
             self._nbytes -= counted
         return self._nbytes
 
+    def counted(self, nbytes: int) -> int:
+        """Whole pages, and one for the allocator's own notes."""
+        return (-(-nbytes // _PAGE) + 1) * _PAGE
+
     def take(self, nbytes: int) -> Block | None:
-        """See ``Memory.take``. Counts whole pages, and one for the allocator's own notes."""
-        counted = (-(-nbytes // _PAGE) + 1) * _PAGE
+        """See ``Memory.take``."""
+        counted = self.counted(nbytes)
         if self.nbytes + counted > self.capacity:
             return None
         self._nbytes += counted
@@ -153,6 +161,10 @@ class PinnedMemory:
         """See ``Memory``."""
         return self.capacity - self._arena.free_bytes
 
+    def counted(self, nbytes: int) -> int:
+        """See ``Memory``."""
+        return self._arena.rounded(nbytes)
+
     def take(self, nbytes: int) -> Block | None:
         """See ``Memory.take``."""
         return _take(self._arena, nbytes)
@@ -193,6 +205,10 @@ class CudaMemory:
     def nbytes(self) -> int:
         """See ``Memory``."""
         return self.capacity - self._arena.free_bytes
+
+    def counted(self, nbytes: int) -> int:
+        """See ``Memory``."""
+        return self._arena.rounded(nbytes)
 
     def take(self, nbytes: int) -> Block | None:
         """See ``Memory.take``. Waits for the GPU: kernels may still read what was kept at this place before."""

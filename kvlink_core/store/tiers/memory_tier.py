@@ -125,7 +125,7 @@ class MemoryTier:
 
     def _room(self, nbytes: int) -> Block | None:
         """Memory for ``nbytes``, by evicting what is not lent; evicts nothing where the bytes would not suffice."""
-        if nbytes > self._memory.capacity - self._lent_bytes:
+        if self._memory.counted(nbytes) > self._memory.capacity - self._lent_bytes:
             return None
         while (block := self._memory.take(nbytes)) is None:
             key = self._policy.evict(lambda k: not self._entries[k].leases)

@@ -75,6 +75,9 @@ class ArenaMemory:
     def nbytes(self) -> int:
         return self.capacity - self._arena.free_bytes
 
+    def counted(self, nbytes: int) -> int:
+        return self._arena.rounded(nbytes)
+
     def take(self, nbytes: int) -> Block | None:
         start = self._arena.take(nbytes)
         return None if start is None else Block(self._arena.rounded(nbytes), start)
@@ -134,10 +137,11 @@ def test_what_is_lent_stays_and_when_all_is_lent_nothing_is_kept() -> None:
     assert tier.stats.documents == 2
 
 
-def test_one_that_is_larger_than_all_evicts_nothing() -> None:
+@pytest.mark.parametrize("tokens", [1000, 94])  # 94 tokens take less than 8 pages, but not less than 7 and one
+def test_one_that_is_larger_than_all_evicts_nothing(tokens: int) -> None:
     tier = MemoryTier(HeapMemory(8 * PAGE))
     tier.put(key(0), make_cache(10, 0))
-    assert not tier.put(key(1), make_cache(1000, 1))
+    assert not tier.put(key(1), make_cache(tokens, 1))
     assert key(0) in tier
 
 

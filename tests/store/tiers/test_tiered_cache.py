@@ -274,7 +274,7 @@ def test_no_sequence_of_requests_exceeds_a_size(
         elif step == "drop":
             held = {n: cache for n, cache in held.items() if n not in numbers}
         elif step == "compute":
-            tiers.compute({scene.key(n): [1] for n in names}, lambda _, names=names: [CACHES[n] for n in names])  # type: ignore[misc]
+            tiers.compute({scene.key(f"d{n}"): [n] for n in numbers}, lambda asked: [CACHES[f"d{n}"] for (n,) in asked])
         else:
             tiers.prefetch(scene.wanted(*names))
         stats = tiers.stats.tiers
@@ -287,7 +287,7 @@ def test_no_sequence_of_requests_exceeds_a_size(
 
 
 def test_neither_do_eight_threads(scene: Scene, tmp_path: Path) -> None:
-    directory, host, disk = tmp_path / "near", 60_000, 400_000
+    directory, host, disk = tmp_path / "near", 200_000, 260_000
     tiers = scene.tiers(host_bytes=host, disk_bytes=disk, disk_path=directory, threads=4)
     over, ended = [], threading.Event()
 
@@ -327,7 +327,7 @@ def test_neither_do_eight_threads(scene: Scene, tmp_path: Path) -> None:
 
 def test_a_document_is_not_evicted_under_its_reader(scene: Scene) -> None:
     """Its bytes stay as they are while it is held, though everything else has to find a place beside it."""
-    tiers = scene.tiers(host_bytes=50_000)  # d0 takes a third of it
+    tiers = scene.tiers(host_bytes=90_000)  # d0 takes a quarter of it
     tiers.fetch(scene.wanted("d0"))
     soon(lambda: tiers.stats.tiers["host"].documents == 1)
     held = tiers.fetch(scene.wanted("d0"))[scene.key("d0")]

@@ -50,7 +50,7 @@ def test_a_store_that_fails_is_left_alone_then_tried_and_asked_again(scene: Scen
 
 
 def test_disk_and_memory_go_on_without_the_store(scene: Scene, tmp_path: Path) -> None:
-    tiers = scene.tiers(host_bytes=20_000, disk_bytes=2**20, disk_path=tmp_path / "near", failures=1, retry_after_s=60)
+    tiers = scene.tiers(host_bytes=60_000, disk_bytes=2**20, disk_path=tmp_path / "near", failures=1, retry_after_s=60)
     tiers.fetch(scene.wanted(*NAMES))
     soon(lambda: tiers.stats.tiers["disk"].documents == 8)
     scene.store.failing = True

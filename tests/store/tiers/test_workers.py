@@ -99,8 +99,8 @@ def test_there_is_an_end_to_threads(jobs: Jobs) -> None:
     workers = Workers("w-most", 1, 1.0, clock=lambda: now[0])
     for number in range(60):
         workers.submit(jobs(number))
+        soon(lambda number=number: jobs.running == min(32, number + 1))  # type: ignore[misc]
         now[0] += 2.0
-        time.sleep(0.001)
     assert len(alive("w-most")) == 32
     workers.close(0.0)
 
