@@ -136,8 +136,9 @@ def test_a_hundred_requests_for_a_new_text_encode_it_once(session: Open, monkeyp
         return encode(self, documents)
 
     monkeypatch.setattr(DocumentEncoder, "encode", slowly)
-    with ThreadPoolExecutor(20) as pool:
-        assert len({pool.submit(ask, made, Document("", "New to all.")).result(60)[0] for _ in range(100)}) == 1
+    with ThreadPoolExecutor(100) as pool:
+        answers = [pool.submit(ask, made, Document("", "New to all."), tokens=1) for _ in range(100)]
+        assert len({answer.result(60)[0] for answer in answers}) == 1
     assert encoded == [1]
 
 
@@ -211,7 +212,7 @@ def test_a_slow_store_is_not_waited_for_where_computing_is_faster(
     assert time.monotonic() - started < 0.8
     assert origins == ["encoded", "encoded"]
     assert text == ask(Session(tiny_model), *(Document("", TEXTS[i]) for i in ("t2", "t3")), tokens=1)[0]
-    assert made.tier_stats.computed == 2  # type: ignore[union-attr]
+    assert made.tier_stats.computed == 3  # type: ignore[union-attr]  # t1 too
 
 
 def test_what_is_replaced_under_its_id_is_not_served_from_memory(

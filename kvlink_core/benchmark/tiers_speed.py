@@ -45,7 +45,7 @@ class SpeedSettings:
     links: Sequence[tuple[float, float]] = LINKS
     codec: str = "raw"
     documents: int = 24
-    tokens: tuple[int, int] = (60, 400)
+    tokens: tuple[int, int] = (60, 240)
     each: int = 4
     warmup: int = 5
     runs: int = 9

@@ -38,7 +38,7 @@ def bench_tiers(
     ] = None,
     codec: Annotated[str, typer.Option(help="Codec of the stores.")] = "raw",
     documents: Annotated[int, typer.Option(min=1, help="Documents of a request to a store.")] = 4,
-    tokens: Annotated[str, typer.Option(help="Their lengths, `SHORTEST,LONGEST`.")] = "60,400",
+    tokens: Annotated[str, typer.Option(help="Their lengths, `SHORTEST,LONGEST`.")] = "60,240",
     repeats: Annotated[int, typer.Option(min=1, help="Counted requests of each kind to each store.")] = 9,
     output: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them here: .svg or .png.")] = None,
@@ -62,7 +62,7 @@ def bench_tiers(
         raise ConfigError("sizes of caches are parts of all tokens: 1 at most.", param="sizes")
     lengths = _numbers(tokens, "tokens")
     if len(lengths) != 2 or lengths[0] > lengths[1] or lengths[0] < 1:
-        raise ConfigError(f"--tokens {tokens!r}: give the shortest and the longest, e.g. 60,400.", param="tokens")
+        raise ConfigError(f"--tokens {tokens!r}: give the shortest and the longest, e.g. 60,240.", param="tokens")
     settings = SpeedSettings(
         links=tuple(_link(text) for text in link) if link else LINKS,
         codec=codec, tokens=(int(lengths[0]), int(lengths[1])), each=documents, documents=max(24, documents),
