@@ -31,6 +31,7 @@ def bench_tiers(
         list[Path] | None,
         typer.Option(help="Questions with documents, JSON Lines or like SQuAD's, or .gz of these; repeat."),
     ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of the Zipf trace, besides its scans.")] = 100_000,
     sizes: Annotated[str, typer.Option(help="Of caches over the Zipf trace, as parts.")] = "0.01,0.05,0.1,0.25,0.5",
     qa_sizes: Annotated[str, typer.Option(help="Of caches over question files.")] = "0.1",
     link: Annotated[
@@ -76,7 +77,7 @@ def bench_tiers(
     with progress_bar() as bar, tempfile.TemporaryDirectory(prefix="kvlink-bench-") as scratch:
         task = bar.add_task("", total=None)
         rates = measure_hits(
-            _traces(loaded, qa or [], shares, qa_shares) if hits else [],
+            _traces(loaded, qa or [], requests, shares, qa_shares) if hits else [],
             progress=lambda name, done: bar.update(task, description=name, completed=done),
         )
         times = measure_speed(
@@ -100,7 +101,7 @@ def bench_tiers(
 
 
 def _traces(
-    model: LoadedModel, files: Sequence[Path], shares: Sequence[float], qa_shares: Sequence[float]
+    model: LoadedModel, files: Sequence[Path], requests: int, shares: Sequence[float], qa_shares: Sequence[float]
 ) -> Iterator[tuple[Trace, Sequence[float]]]:
     from kvlink_core.benchmark.tiers_traces import Text, question_traces, zipf_trace
     from kvlink_core.types import Document
@@ -108,8 +109,8 @@ def _traces(
     def count(text: Text) -> int:
         return len(model.layout.document_tokens(Document("", text[1], text[0]))) if text[1] else 1
 
-    yield zipf_trace(), shares
-    yield zipf_trace(scans=0), shares
+    yield zipf_trace(requests=requests), shares
+    yield zipf_trace(requests=requests, scans=0), shares
     for path in files:
         for trace in question_traces(path, count):
             yield trace, qa_shares
