@@ -50,3 +50,8 @@ def soon(what: Callable[[], object]) -> None:
 def reading_threads() -> list[str]:
     """Threads of tiers that live."""
     return [t.name for t in threading.enumerate() if t.name in ("kvlink-disk", "kvlink-store")]
+
+
+def kept(tiers: TieredCache) -> None:
+    """Wait until everything that was on its way is where it is kept."""
+    soon(lambda: not tiers._flights._flying)

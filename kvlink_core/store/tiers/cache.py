@@ -235,9 +235,7 @@ class TieredCache:
 
     def calibrate(self, encode: Encode, lengths: Sequence[int]) -> None:
         """Learn how long documents of these lengths take to compute. Raises what ``encode`` raises."""
-        for tokens in lengths:
-            encode([[0] * tokens])  # the first time takes longer, and says nothing
-            self._computing.measure([[0] * tokens], encode)
+        self._computing.calibrate(lengths, encode)
 
     def ask(self, question: Callable[[], T], *, wait_s: float | None = None) -> T:
         """Ask the store something else through the circuit breaker.

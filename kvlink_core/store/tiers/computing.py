@@ -65,20 +65,29 @@ class Computing:
         # Another call may have failed because of a document that is not ours.
         return done | self._encode({key: documents[key] for key in theirs if key not in done}, encode)
 
-    def measure(self, documents: list[Sequence[int]], encode: Encode) -> list[DocumentCache]:
-        """Compute, keep nothing, and tell how long it took."""
-        started = time.perf_counter()
-        caches = encode(documents)
-        if caches[0].keys.is_cuda:  # what was only handed to the GPU so far has not been computed
-            torch.cuda.current_stream(caches[0].keys.device).synchronize()
-        self._observe(sum(c.tokens for c in caches), time.perf_counter() - started)
-        return caches
+    def calibrate(self, lengths: Sequence[int], encode: Encode) -> None:
+        """Compute documents of these lengths, keep nothing, and tell how long it took: each the least of three times.
+
+        Rather too little than too much: what is believed to be fast is used, and seen to be slower; what is believed
+        to be slow is not.
+        """
+        for tokens in lengths:
+            self._observe(tokens, min(_timed([[0] * tokens], encode)[1] for _ in range(3)))
 
     def _encode(self, documents: Documents, encode: Encode) -> dict[CacheKey, DocumentCache]:
         if not documents:
             return {}
-        caches = self.measure(list(documents.values()), encode)
+        caches, seconds = _timed(list(documents.values()), encode)
+        self._observe(sum(c.tokens for c in caches), seconds)
         done = dict(zip(documents, caches, strict=True))
         for key, cache in done.items():
             self._memories.keep(key.computed(), cache)
         return done
+
+
+def _timed(documents: list[Sequence[int]], encode: Encode) -> tuple[list[DocumentCache], float]:
+    started = time.perf_counter()
+    caches = encode(documents)
+    if caches[0].keys.is_cuda:  # what was only handed to the GPU so far has not been computed
+        torch.cuda.current_stream(caches[0].keys.device).synchronize()
+    return caches, time.perf_counter() - started

@@ -20,11 +20,15 @@ class LinearCost:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
         self._fit: tuple[float, float] | None = None
 
-    def observe(self, amount: float, seconds: float) -> None:
-        """Take in that ``amount`` units, more than 0, took ``seconds``."""
+    def observe(self, amount: float, seconds: float, *, keep: float = 1.0) -> None:
+        """Take in that ``amount`` units, more than 0, took ``seconds``.
+
+        ``keep`` is what earlier observations are still worth, beside what each new one takes from them: 1 if they are
+        recent.
+        """
         assert amount > 0
         with self._lock:
-            keep = self._decay
+            keep *= self._decay
             self._weight = keep * self._weight + 1
             self._x = keep * self._x + amount
             self._y = keep * self._y + seconds

@@ -22,6 +22,10 @@ SOURCES: tuple[Source, ...] = ("disk", "store")
 #: While loading is expected to take less than this part of computing, it is not doubted that it is faster.
 _DOUBT = 0.25
 
+#: What an observation is still worth after the interval in which what is avoided is tried.
+_KEPT = 0.25
+_LEAST_INTERVAL_S = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -65,17 +69,16 @@ class Planner:
         self._probe_every_s = probe_every_s
         self._clock = clock
         self._tried: dict[str, float] = {}
+        self._observed: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def observe_read(self, source: Source, nbytes: int, seconds: float) -> None:
         """One round of reading took ``seconds`` for ``nbytes`` of one or several documents."""
-        self.read[source].observe(nbytes, seconds)
-        self._note_tried(source)
+        self._observe(source, self.read[source], nbytes, seconds)
 
     def observe_encode(self, tokens: int, seconds: float) -> None:
         """Computing ``tokens`` of one or several documents took ``seconds``."""
-        self.encode.observe(tokens, seconds)
-        self._note_tried("encode")
+        self._observe("encode", self.encode, tokens, seconds)
 
     def load_s(self, candidates: Sequence[Candidate]) -> float:
         """Expected seconds to load these together, one round for each source."""
@@ -132,10 +135,11 @@ class Planner:
         chosen = [i for i, (c, load) in enumerate(zip(candidates, loads, strict=True)) if load and c.computable]
         if not chosen or not self.encode.known:
             return None
-        least = min(chosen, key=lambda i: candidates[i].tokens)
-        if self._load_part(candidates[least]) < _DOUBT * self.encode_s(candidates[least].tokens):
+        # One of middling length: the shortest would say little about a token, the longest cost most.
+        middle = sorted(chosen, key=lambda i: candidates[i].tokens)[len(chosen) // 2]
+        if self._load_part(candidates[middle]) < _DOUBT * self.encode_s(candidates[middle].tokens):
             return None
-        return least if self._due("encode") else None
+        return middle if self._due("encode") else None
 
     def _total(self, candidates: Sequence[Candidate], loads: Sequence[bool]) -> float:
         computed = sum(c.tokens for c, load in zip(candidates, loads, strict=True) if not load)
@@ -154,6 +158,10 @@ class Planner:
             self._tried[what] = now
             return True
 
-    def _note_tried(self, what: str) -> None:
+    def _observe(self, what: str, cost: LinearCost, amount: int, seconds: float) -> None:
+        # What is avoided is seen once in each interval: that must count for more than one of many in a second.
         with self._lock:
-            self._tried[what] = self._clock()
+            now = self._clock()
+            age_s = now - self._observed.get(what, now)
+            self._tried[what] = self._observed[what] = now
+        cost.observe(amount, seconds, keep=_KEPT ** (age_s / max(self._probe_every_s, _LEAST_INTERVAL_S)))

@@ -196,8 +196,21 @@ def test_computing_is_tried_now_and_then_where_it_may_be_a_rival() -> None:
     assert made.encode_probe([large, small], [False, False]) is None
     assert made.encode_probe([candidate(nbytes=400, tokens=10)], [True]) is None  # a fifth: no rival
     assert made.encode_probe([candidate(computable=False)], [True]) is None
-    assert made.encode_probe([large, small], [True, True]) == 1
+    assert made.encode_probe([large, small, small], [True, True, True]) == 2
     assert made.encode_probe([large, small], [True, True]) is None
+
+
+def test_what_is_seen_seldom_counts_for_more() -> None:
+    """Computing was slow while something else ran. Three looks, ten seconds apart, and it is believed to be fast."""
+    clock = Clock()
+    made = Planner(probe_every_s=10, clock=clock)
+    for _ in range(10):
+        made.observe_encode(100, 10.0)
+        clock.now += 0.1
+    for expected in (6.0, 3.5, 2.0):
+        clock.now += 10
+        made.observe_encode(100, 1.0)
+        assert made.encode_s(100) < expected
 
 
 def test_token_ids_are_worth_asking_for_if_the_asking_pays_too() -> None:

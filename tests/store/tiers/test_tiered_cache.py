@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from store_places import make_cache, same
-from tier_scene import CACHES, Scene, reading_threads, soon
+from tier_scene import CACHES, Scene, kept, reading_threads, soon
 
 from kvlink_core.compress import EncodedDocument
 from kvlink_core.errors import ConfigError, PayloadCorruptError, PayloadError, PayloadForeignError
@@ -30,7 +30,8 @@ def test_each_tier_in_turn(scene: Scene, tmp_path: Path) -> None:
     found = tiers.fetch(scene.wanted("d3"))[key]
     assert found.tier == "store"
     assert same(found.cache, CACHES["d3"])
-    soon(lambda: set(tiers.stats.tiers) == {"host", "disk"} and tiers.stats.tiers["disk"].documents == 1)
+    kept(tiers)
+    assert {name: tier.documents for name, tier in tiers.stats.tiers.items()} == {"host": 1, "disk": 1}
     found = tiers.fetch(scene.wanted("d3"))[key]
     assert found.tier == "host"
     assert same(found.cache, CACHES["d3"])
@@ -59,7 +60,8 @@ def test_codecs_are_decoded_once_and_not_again_from_memory(scene: Scene) -> None
 def test_a_damaged_copy_on_disk_is_read_from_the_store(scene: Scene, tmp_path: Path) -> None:
     tiers = scene.tiers(host_bytes=0, disk_bytes=2**20, disk_path=tmp_path / "near")
     tiers.fetch(scene.wanted("d0", "d1"))
-    soon(lambda: tiers.stats.tiers["disk"].documents == 2)
+    kept(tiers)
+    assert tiers.stats.tiers["disk"].documents == 2
     for path in (tmp_path / "near").rglob("*.parquet"):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
@@ -68,7 +70,8 @@ def test_a_damaged_copy_on_disk_is_read_from_the_store(scene: Scene, tmp_path: P
     found = tiers.fetch(scene.wanted("d0", "d1"))
     assert [found[scene.key(n)].tier for n in ("d0", "d1")] == ["store", "store"]
     assert all(same(found[scene.key(n)].cache, CACHES[n]) for n in ("d0", "d1"))
-    soon(lambda: tiers.stats.tiers["disk"].documents == 2)
+    kept(tiers)
+    assert tiers.stats.tiers["disk"].documents == 2
     assert tiers.fetch(scene.wanted("d1"))[scene.key("d1")].tier == "disk"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from store_places import make_cache, same
-from tier_scene import CACHES, Scene, soon
+from tier_scene import CACHES, Scene, kept, soon
 
 from kvlink_core.errors import PayloadMissingError, StoreUnavailableError
 from kvlink_core.store.tiers import TieredCache
@@ -52,7 +52,8 @@ def test_a_store_that_fails_is_left_alone_then_tried_and_asked_again(scene: Scen
 def test_disk_and_memory_go_on_without_the_store(scene: Scene, tmp_path: Path) -> None:
     tiers = scene.tiers(host_bytes=60_000, disk_bytes=2**20, disk_path=tmp_path / "near", failures=1, retry_after_s=60)
     tiers.fetch(scene.wanted(*NAMES))
-    soon(lambda: tiers.stats.tiers["disk"].documents == 8)
+    kept(tiers)
+    assert tiers.stats.tiers["disk"].documents == 8
     scene.store.failing = True
     with pytest.raises(StoreUnavailableError):
         tiers.ask(scene.store.refresh)
@@ -64,7 +65,8 @@ def test_disk_and_memory_go_on_without_the_store(scene: Scene, tmp_path: Path) -
 def test_a_damaged_copy_while_the_store_is_away_says_so(scene: Scene, tmp_path: Path) -> None:
     tiers = scene.tiers(host_bytes=0, disk_bytes=2**20, disk_path=tmp_path / "near", failures=1, retry_after_s=60)
     tiers.fetch(scene.wanted("d0"))
-    soon(lambda: tiers.stats.tiers["disk"].documents == 1)
+    kept(tiers)
+    assert tiers.stats.tiers["disk"].documents == 1
     (copy,) = (tmp_path / "near").rglob("*.parquet")
     copy.unlink()
     scene.store.failing = True
@@ -83,7 +85,8 @@ def test_a_store_that_hangs_costs_a_time_out_then_nothing_and_recovers(scene: Sc
         host_bytes=0,
     )  # fmt: skip
     tiers.fetch(scene.wanted("d7"))
-    soon(lambda: tiers.stats.tiers["disk"].documents == 1)
+    kept(tiers)
+    assert tiers.stats.tiers["disk"].documents == 1
     scene.store.gate.clear()
     took = []
     for name in ("d0", "d1", "d2", "d3", "d4"):
