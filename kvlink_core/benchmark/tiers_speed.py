@@ -38,7 +38,7 @@ class SpeedSettings:
         documents: in each store, their lengths spread between the two of ``tokens``.
         tokens: the shortest and the longest.
         each: documents of a request.
-        warmup: requests that are not counted, in which ``auto`` learns.
+        warmup: the least requests that are not counted, in which ``auto`` learns; together they name each document.
         runs: requests that are counted, each made in all three ways, one after the other.
     """
 
@@ -149,8 +149,10 @@ def _measure_link(
     with closing(always), closing(auto):
         auto.calibrate()
         before = auto.counters.as_dict()
-        for run in range(-settings.warmup, settings.runs):
-            names = rng.sample(list(texts), settings.each)
+        met = rng.sample(list(texts), len(texts))
+        for run in range(-max(settings.warmup, -(-len(met) // settings.each)), settings.runs):
+            first = -run * settings.each % len(met)
+            names = rng.sample(met, settings.each) if run >= 0 else (met + met)[first : first + settings.each]
             refs = [DocumentRef(name) for name in names]
             ways: dict[str, Callable[[], object]] = {
                 "load": lambda refs=refs: always.load(always.lookup(refs)),  # type: ignore[misc]
