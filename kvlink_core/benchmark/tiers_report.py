@@ -62,7 +62,7 @@ def make_tiers_report(
         runs=settings.runs,
         versions=describe_versions(),
         hardware=describe_hardware(torch.device(device), watch),
-        warnings=[busy] if busy else [],
+        warnings=[busy] if busy and speed else [],  # hit rates do not depend on it
         hits=list(hits),
         speed=list(speed),
     )
