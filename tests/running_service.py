@@ -83,6 +83,9 @@ def running_service(model: LoadedModel, model_dir: Path, folder: Path) -> Iterat
         "engine.max_running": str(MAX_RUNNING),
         "engine.max_waiting": str(MAX_WAITING),
         "ingress.max_body_bytes": "100000",
+        # A tiny model computes faster than anything can be read, and these tests want to see what was read.
+        "tiers.recompute": "never",
+        "tiers.host_bytes": "64 MiB",
     }
     app = call_user_app_builder_with_args_if_necessary(build_app, arguments)
     serve.run(app, name="kvlink")

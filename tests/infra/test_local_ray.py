@@ -115,6 +115,8 @@ def test_the_job_then_the_service(pod: Pod, rayjob: Any, rayservice: Any) -> Non
 
     # What the operator sends.
     config = yaml.safe_load(rayservice["spec"]["serveConfigV2"])
+    # A small model computes about as fast as it reads: this is to show that it can read.
+    config["applications"][0]["args"]["tiers"] = {"recompute": "never"}
     pod.api("PUT", "/api/serve/applications/", json=config).raise_for_status()
     wait_for(lambda: running(pod, "kvlink"), 180, lambda: pod.api("GET", "/api/serve/applications/").text)
 
