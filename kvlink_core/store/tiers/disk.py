@@ -198,12 +198,13 @@ class DiskTier:
     def _take_over(self) -> None:
         """Take in, oldest first, what an earlier process left, and remove what is unfinished or too much."""
         found = []
-        for entry in os.scandir(self._directory):
-            if match := _NAME.fullmatch(entry.name):
-                status = entry.stat()
-                found.append((status.st_mtime_ns, match[1], match[2], _units(status.st_size)))
-            elif entry.name.startswith(TEMPORARY):
-                os.unlink(entry.path)
+        with os.scandir(self._directory) as entries:
+            for entry in entries:
+                if match := _NAME.fullmatch(entry.name):
+                    status = entry.stat()
+                    found.append((status.st_mtime_ns, match[1], match[2], _units(status.st_size)))
+                elif entry.name.startswith(TEMPORARY):
+                    os.unlink(entry.path)
         for _, name, shard, nbytes in sorted(found):
             twice = name in self._copies
             if twice or not self._make_room(nbytes):

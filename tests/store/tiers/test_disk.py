@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 from store_places import Place, make_cache, same
@@ -181,14 +183,54 @@ def test_what_would_be_larger_than_said_is_not_kept(raw: DocumentStore, tier: Di
     assert put(tier, raw, row)
 
 
-def test_a_full_disk_is_no_failure(raw: DocumentStore, tier: DiskTier, caplog: pytest.LogCaptureFixture) -> None:
-    def full(_: object) -> str:
-        raise OSError(28, "No space left on device")
+def test_a_full_disk_is_no_failure_and_is_given_a_rest(
+    raw: DocumentStore, directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    now, written = [100.0], []
+
+    def full(file: IO[bytes]) -> str:
+        written.append(file.write(b"x" * 500))
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     row = raw.lookup(["d0"])["d0"]
+    tier = DiskTier(directory, 2**20, clock=lambda: now[0])
     assert not tier.put(CacheKey.of(row), 1000, full)
     assert "No space left" in caplog.text
-    assert tier.stats.nbytes == 0
+    assert (tier.stats.nbytes, on_disk(directory)) == (0, 0)
+    now[0] += 9
+    assert not put(tier, raw, row)
+    assert (len(written), tier.stats.refused) == (1, 1)
+    now[0] += 2
+    assert put(tier, raw, row)
+    assert tier.get(row) is not None
+    tier.close()
+    tier.close()  # twice is once
+
+
+def test_a_writer_that_fails_otherwise_leaves_nothing_and_says_so(
+    raw: DocumentStore, tier: DiskTier, directory: Path
+) -> None:
+    def fail(file: IO[bytes]) -> str:
+        file.write(b"x" * 500)
+        raise ValueError("ours")
+
+    row = raw.lookup(["d0"])["d0"]
+    with pytest.raises(ValueError, match="ours"):
+        tier.put(CacheKey.of(row), 1000, fail)
+    assert (tier.stats.nbytes, on_disk(directory)) == (0, 0)
+    assert put(tier, raw, row)
+
+
+def test_a_directory_that_cannot_be_taken_over_is_not_kept_locked(raw: DocumentStore, directory: Path) -> None:
+    first = DiskTier(directory, 2**20)
+    first.close()
+    (directory / "slot-0" / ".tmp-a directory").mkdir()
+    with pytest.raises(ConfigError, match="disk tier cannot use"):
+        DiskTier(directory, 2**20)
+    (directory / "slot-0" / ".tmp-a directory").rmdir()
+    again = DiskTier(directory, 2**20)
+    assert again._directory.name == "slot-0"
+    again.close()
 
 
 def test_files_outlive_the_process_and_are_taken_over(raw: DocumentStore, directory: Path) -> None:
