@@ -25,7 +25,7 @@ from kvlink_core.types import DocumentRef
 T = TypeVar("T")
 
 #: Bytes a second and seconds a round of the stores that are tried by default, from a distant one to a local disk.
-LINKS = ((5e6, 0.1), (20e6, 0.05), (50e6, 0.02), (100e6, 0.02), (500e6, 0.005), (2e9, 0.001))
+LINKS = ((5e6, 0.1), (12e6, 0.05), (20e6, 0.05), (50e6, 0.02), (100e6, 0.02), (500e6, 0.005), (2e9, 0.001))
 
 
 @dataclass(frozen=True, slots=True)
