@@ -35,7 +35,8 @@ def bench_tiers(
     sizes: Annotated[str, typer.Option(help="Of caches over the Zipf trace, as parts.")] = "0.01,0.05,0.1,0.25,0.5",
     qa_sizes: Annotated[str, typer.Option(help="Of caches over question files.")] = "0.1",
     link: Annotated[
-        list[str] | None, typer.Option(help="A store to try: `MB_PER_S:MS`; repeat. Default: seven from 5:100 to 2000:1.")
+        list[str] | None,
+        typer.Option(help="A store to try: `MB_PER_S:MS`; repeat. Default: seven, 5:100 to 2000:1."),
     ] = None,
     codec: Annotated[str, typer.Option(help="Codec of the stores.")] = "raw",
     documents: Annotated[int, typer.Option(min=1, help="Documents of a request to a store.")] = 4,
