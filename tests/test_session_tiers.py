@@ -162,7 +162,7 @@ def test_a_store_that_is_away_means_computing_then_is_left_alone_then_recovers(
     for _ in range(4):
         assert ask(made, *refs("t0")) == (text, ["encoded"])
     assert len(store.reads) + store.asked.count("refresh") <= 5
-    assert made.tier_stats.circuit == "open"  # type: ignore[union-attr]
+    assert made.tier_stats.circuit_opened > 0  # type: ignore[union-attr]
     assert "the store does not answer, computing 1 documents" in caplog.text
     with pytest.raises(StoreUnavailableError):  # known by its id alone, and never met
         ask(made, *refs("t5"))
@@ -175,16 +175,15 @@ def test_a_store_that_is_away_means_computing_then_is_left_alone_then_recovers(
 def test_a_store_that_hangs_holds_up_a_request_for_the_time_out_at_most(
     tiny_model: LoadedModel, store: SlowStore, session: Open
 ) -> None:
-    made = session(host_bytes=0, failures=1, retry_after_s=60.0, timeout_s=0.3)
+    made = session(host_bytes=0, failures=1, retry_after_s=60.0, timeout_s=1.0)
     text = expected(tiny_model, "t0")
     store.gate.clear()
     started = time.monotonic()
     assert ask(made, Document("", TEXTS["t0"])) == (text, ["encoded"])
-    assert time.monotonic() - started < 5
-    time.sleep(0.3)
+    assert time.monotonic() - started < 8
     started = time.monotonic()
     assert ask(made, Document("", TEXTS["t0"])) == (text, ["encoded"])
-    assert time.monotonic() - started < 0.3
+    assert time.monotonic() - started < 0.9
 
 
 def test_damage_on_its_way_is_recomputed_and_counted(tiny_model: LoadedModel, session: Open, store: SlowStore) -> None:

@@ -150,7 +150,7 @@ def test_a_fast_store_is_loaded_from_and_a_slow_one_is_not(
 def test_the_command(kvlink: Kvlink, tiny_model_dir: Path, questions: Path, tmp_path: Path) -> None:
     output, plot = tmp_path / "out.json", tmp_path / "out.svg"
     result = kvlink(
-        "bench", "tiers", "--model", str(tiny_model_dir), "--requests", "1000", "--sizes", "0.05,0.5",
+        "bench", "tiers", "--model", str(tiny_model_dir), "--requests", "500", "--sizes", "0.05,0.5",
         "--qa", str(questions), "--link", "2000:0", "--documents", "2", "--tokens", "20,40", "--repeats", "2",
         "--json", str(output), "--plot", str(plot),
     )  # fmt: skip

@@ -81,7 +81,7 @@ def test_a_damaged_copy_while_the_store_is_away_says_so(scene: Scene, tmp_path: 
 
 def test_a_store_that_hangs_costs_a_time_out_then_nothing_and_recovers(scene: Scene, tmp_path: Path) -> None:
     tiers = scene.tiers(
-        timeout_s=0.15, failures=2, retry_after_s=0.2, threads=1, disk_bytes=2**20, disk_path=tmp_path / "near",
+        timeout_s=0.3, failures=2, retry_after_s=0.5, threads=1, disk_bytes=2**20, disk_path=tmp_path / "near",
         host_bytes=0,
     )  # fmt: skip
     tiers.fetch(scene.wanted("d7"))
@@ -94,10 +94,8 @@ def test_a_store_that_hangs_costs_a_time_out_then_nothing_and_recovers(scene: Sc
         assert tiers.fetch(scene.wanted(name))[scene.key(name)].unavailable is not None
         took.append(time.monotonic() - started)
     assert max(took) < 5
-    assert tiers.stats.circuit == "open"
-    started = time.monotonic()
-    tiers.fetch(scene.wanted("d5"))
-    assert time.monotonic() - started < 0.15
+    assert tiers.stats.circuit_opened > 0
+    assert min(took) < 0.3  # not asked at all
     # The disk has threads of its own.
     assert tiers.fetch(scene.wanted("d7"))[scene.key("d7")].tier == "disk"
     # It goes on hanging for those that hang, and answers the others: they find a thread all the same.
@@ -109,20 +107,20 @@ def test_a_store_that_hangs_costs_a_time_out_then_nothing_and_recovers(scene: Sc
 
 
 def test_a_request_by_id_waits_as_long_as_the_time_out_says_in_all(scene: Scene) -> None:
-    tiers = scene.tiers(timeout_s=0.3)
+    tiers = scene.tiers(timeout_s=1.0)
     scene.store.gate.clear()
     started = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(tiers.fetch, scene.wanted("d0", computable=False))
-        time.sleep(0.2)
+        time.sleep(0.7)
         second = pool.submit(tiers.fetch, scene.wanted("d0", computable=False))
         assert first.result()[scene.key("d0")].unavailable is not None
         assert second.result()[scene.key("d0")].unavailable is not None
-    assert time.monotonic() - started < 0.45  # not another 0.3 for the one that came later
+    assert time.monotonic() - started < 1.6  # not another second for the one that came later
 
 
 def test_other_questions_go_through_the_same_circuit(scene: Scene) -> None:
-    tiers = scene.tiers(timeout_s=0.2, failures=2, retry_after_s=60)
+    tiers = scene.tiers(timeout_s=1.0, failures=2, retry_after_s=60)
     assert tiers.ask(lambda: 7) == 7
     with pytest.raises(PayloadMissingError):  # an answer
         tiers.ask(raising(PayloadMissingError("gone")))
@@ -131,8 +129,8 @@ def test_other_questions_go_through_the_same_circuit(scene: Scene) -> None:
         started = time.monotonic()
         with pytest.raises(StoreUnavailableError, match="not answered within"):
             tiers.ask(scene.store.refresh, wait_s=0.05)
-        assert time.monotonic() - started < 0.2
-    time.sleep(0.2)
+        assert time.monotonic() - started < 0.9
+    time.sleep(1.0)
     with pytest.raises(StoreUnavailableError, match="left alone"):
         tiers.ask(scene.store.refresh)
 
@@ -148,28 +146,28 @@ def raising(error: Exception):  # type: ignore[no-untyped-def]
 
 
 def test_it_is_waited_for_as_long_as_computing_takes_and_then_computed(scene: Scene) -> None:
-    tiers = knowing(scene.tiers(recompute="auto", timeout_s=20), token_s=0.1 / 40)  # d0 takes 0.1 s
+    tiers = knowing(scene.tiers(recompute="auto", timeout_s=20), token_s=0.4 / 40)  # d0 takes 0.4 s
     scene.store.gate.clear()
     started = time.monotonic()
     found = tiers.fetch(scene.wanted("d0"))[scene.key("d0")]
     assert found.unavailable is not None
-    assert 0.09 < time.monotonic() - started < 5
+    assert 0.39 < time.monotonic() - started < 5
     assert tiers.stats.late == 1
     started = time.monotonic()
     assert tiers.fetch(scene.wanted("d0"))[scene.key("d0")].cache is None  # it is known to be slow by now
-    assert time.monotonic() - started < 0.09
+    assert time.monotonic() - started < 0.39
     scene.store.gate.set()
     soon(lambda: tiers.fetch(scene.wanted("d0"))[scene.key("d0")].tier == "host")  # what came late is kept
 
 
 def test_a_slow_source_is_avoided_probed_beside_and_used_again(scene: Scene) -> None:
     tiers = knowing(scene.tiers(recompute="auto", host_bytes=0, probe_every_s=0.1), token_s=1e-3)
-    scene.store.latency_s = 0.5
+    scene.store.latency_s = 1.0
     tiers.fetch(scene.wanted("d0"))  # unknown, so it is tried: too slow
     soon(lambda: tiers.stats.read["store"].documents == 1)
     started = time.monotonic()
     assert all(f.cache is None and f.unavailable is None for f in tiers.fetch(scene.wanted("d1", "d2")).values())
-    assert time.monotonic() - started < 0.3
+    assert time.monotonic() - started < 0.9
     assert tiers.stats.computed == 2
     scene.store.latency_s = 0.0
     soon(lambda: tiers.fetch(scene.wanted("d3"))[scene.key("d3")].tier == "store")
