@@ -39,6 +39,16 @@ class Scene:
         return CacheKey.of(self.rows[name])
 
 
+class Clock:
+    """Time that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def soon(what: Callable[[], object]) -> None:
     """Wait until something is true, for ten seconds at most."""
     deadline = time.monotonic() + 10
