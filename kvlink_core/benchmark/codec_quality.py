@@ -140,7 +140,7 @@ def compare(
         loaded = [[_as(cache, model.dtype) for cache in context] for context in contexts]
         for case in group.cases:
             reference = Reference.of(model, case, loaded[0])
-            outcomes = [reference.outcome(model, case, context) for context in loaded]
+            outcomes = [reference.itself()] + [reference.outcome(model, case, context) for context in loaded[1:]]
             for name, tally in tallies.items():
                 tally.add_outcome(outcomes[context_of[name]], reference.right)
             done += 1
@@ -183,6 +183,11 @@ class Reference:
             return cls(follow, logits, True)
         follow, right = _answer(model, case, caches)
         return cls(follow, logits_after(model, case, caches, follow), right)
+
+    def itself(self) -> Outcome:
+        """What the same prompt gives over the same caches."""
+        _, size = squares(self.logits, self.logits)
+        return Outcome((0.0, size), 0.0, len(self.logits), len(self.logits), self.right)
 
     def outcome(self, model: LoadedModel, case: Case, caches: Sequence[DocumentCache]) -> Outcome:
         """What the same prompt gives over other caches."""
