@@ -205,7 +205,7 @@ def encode(name: str, layout: Layout, dtype: str, numbers: list[float]) -> tuple
         padded = codes + [0] * (2 * half - len(codes))
         codes = [padded[i] | padded[half + i] << 4 for i in range(half)]
     pattern = "<e" if ends_dtype == "float16" else "<f"
-    stored = [struct.pack(pattern, end)[-2:] for end in ends]  # of a float32 the upper half
+    stored = [struct.pack(pattern, end + 0.0)[-2:] for end in ends]  # of a float32 the upper half; -0 becomes 0
     return bytes(codes), b"".join(stored)
 
 

@@ -24,6 +24,7 @@ Progress = Callable[[str, int, int], None]
 #: What is measured when nothing is named.
 DEFAULT_CODECS = (
     "raw", "lossless", "fp8", "fp8:zstd=1", "int8", "int8:zstd=1", "int4", "int4:zstd=1", "int4:group=128,zstd=1",
+    "int4:group=128,keys=token,zstd=1",
 )  # fmt: skip
 
 #: Questions that a figure needs at least.

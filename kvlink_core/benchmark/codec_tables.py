@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvlink_core.benchmark.codec_results import CodecReport, Quality, QualityRow, Speed, SpeedRow
 from kvlink_core.benchmark.tables import count
@@ -49,7 +50,7 @@ def quality_grid(quality: Quality) -> Grid:
         ]
         rows.append(cells + (_exact(row) if graded else []))
     model = quality.model
-    title = f"{quality.name}, {model.source} in {model.dtype} on {model.device}: {quality.description}"
+    title = f"{quality.name}, {Path(model.source).name} in {model.dtype} on {model.device}: {quality.description}"
     return Grid(title, [*header, *(["exact match", "points gained (95 %)"] if graded else [])], rows)
 
 

@@ -34,10 +34,12 @@ def round_outward(numbers: torch.Tensor, dtype: torch.dtype, *, up: bool) -> tor
     nearest = numbers.to(dtype)
     back = nearest.to(torch.float32)
     wrong = back < numbers if up else back > numbers
-    # In magnitude one step up where that is the wanted direction. Zero has the sign of what was rounded to it.
+    # In magnitude one step up where that is the wanted direction. Zero has the sign of what was rounded to it, and at the
+    # end none, so that the bytes are the same wherever a minimum of -0 and 0 was taken.
     bits = nearest.view(torch.int16)
     outward = ~bits.signbit() if up else bits.signbit()
-    return torch.where(wrong, bits + torch.where(outward, 1, -1).to(torch.int16), bits).view(dtype)
+    stepped = torch.where(wrong, bits + torch.where(outward, 1, -1).to(torch.int16), bits).view(dtype)
+    return stepped.masked_fill_(stepped == 0, 0.0)
 
 
 def check_endpoints(ends: torch.Tensor) -> None:
