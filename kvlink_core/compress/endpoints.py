@@ -44,5 +44,12 @@ def round_outward(numbers: torch.Tensor, dtype: torch.dtype, *, up: bool) -> tor
 
 def check_endpoints(ends: torch.Tensor) -> None:
     """Raise ``PayloadCorruptError`` unless all are finite and within the limit."""
-    if not bool((ends.abs() <= LIMIT).all()):
+    # Magnitudes of 16-bit floats are in the order of their bits read as integers, of which torch sees to many at a time.
+    most = _bits(min(LIMIT, torch.finfo(ends.dtype).max), ends.dtype)
+    if int(ends.view(torch.int16).bitwise_and(0x7FFF).max()) > most:
         raise PayloadCorruptError("an endpoint that no group may have")
+
+
+def _bits(number: float, dtype: torch.dtype) -> int:
+    """Of a 16-bit float that is not negative."""
+    return int(torch.tensor(number, dtype=dtype).view(torch.int16))
