@@ -29,8 +29,12 @@ def cache_of(golden: dict[str, Any], which: str) -> DocumentCache:
     return DocumentCache(torch.arange(golden["tokens"]), keys, values)
 
 
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))],
+)
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_golden_file_is_read_and_written(path: Any) -> None:
+def test_a_golden_file_is_read_and_written(path: Any, device: str) -> None:
     golden = json.loads(path.read_text())
     codec = make_codec(golden["codec"]["name"], golden["codec"]["params"])
     assert codec.columns == tuple(golden["columns"])
@@ -45,13 +49,15 @@ def test_a_golden_file_is_read_and_written(path: Any) -> None:
     for name, column in stored.items():
         assert all(limits[name][0] <= length <= limits[name][1] for length in column.lengths)
 
-    decoded = codec.decode(EncodedDocument(shape, torch.arange(shape.tokens), stored))
+    decoded = codec.decode(EncodedDocument(shape, torch.arange(shape.tokens), stored), torch.device(device))
     expected = cache_of(golden, "decodes_to")
-    assert same_bits(decoded.keys, expected.keys)
-    assert same_bits(decoded.values, expected.values)
+    assert decoded.keys.device.type == device
+    assert same_bits(decoded.keys.cpu(), expected.keys)
+    assert same_bits(decoded.values.cpu(), expected.values)
 
     if golden["codec"]["params"]["zstd"] == 0:  # frames may differ from writer to writer
-        encoded = codec.encode(cache_of(golden, "encoded_from"))
+        given = cache_of(golden, "encoded_from")
+        encoded = codec.encode(DocumentCache(given.token_ids, given.keys.to(device), given.values.to(device)))
         assert {name: c.data.tolist() for name, c in encoded.columns.items()} == {
             name: c.data.tolist() for name, c in stored.items()
         }
