@@ -226,7 +226,12 @@ def logits_after(
 
 @contextmanager
 def _last(model: LoadedModel, count: int) -> Iterator[list[torch.Tensor]]:
-    """The logits of the last ``count`` tokens of each pass, where the engine asks for those of one."""
+    """The logits of the last ``count`` tokens of each pass, where the engine asks for those of one.
+
+    Meanwhile nothing is replayed, since a recorded pass gives only what it was recorded with.
+    """
+    graphs = model.lm.graphs
+    usable = graphs is not None and graphs.usable
     seen: list[torch.Tensor] = []
 
     def ask(module: Any, args: Any, kwargs: Any) -> Any:
@@ -240,7 +245,11 @@ def _last(model: LoadedModel, count: int) -> Iterator[list[torch.Tensor]]:
         model.network.register_forward_hook(keep),
     ]
     try:
+        if graphs is not None:
+            graphs.usable = False
         yield seen
     finally:
+        if graphs is not None:
+            graphs.usable = usable
         for hook in hooks:
             hook.remove()
