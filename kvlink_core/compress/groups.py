@@ -17,8 +17,8 @@ import torch
 
 Axis = Literal["channel", "token"]
 
-#: Elements worked on at a time: on a processor, for each thread, what a core's cache holds in float32 and as codes; on a
-#: GPU more, since each step costs a launch.
+#: Elements worked on at a time: on a processor, for each thread, what a core's cache holds in float32 and as codes; on
+#: a GPU more, since each step costs a launch.
 _CPU_ELEMENTS, _GPU_ELEMENTS = 2**18, 2**26
 
 
