@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from kvlink_core.benchmark.codec_material import Case, Material
+from kvlink_core.benchmark.codec_material import Case, Group, Material
 from kvlink_core.compress import Codec, EncodedDocument
 from kvlink_core.encode import DocumentEncoder
 from kvlink_core.engine import Generation, SamplingParams
@@ -73,8 +73,9 @@ class Tally:
         self.tokens += cache.tokens
         self.stored_bytes += sum(column.data.numel() for column in encoded.columns.values())
         self.bf16_bytes += 2 * (cache.keys.numel() + cache.values.numel())
-        self.keys = _added(self.keys, squares(decoded.keys, cache.keys))
-        self.values = _added(self.values, squares(decoded.values, cache.values))
+        keys, values = _left_of(cache, decoded)
+        self.keys = _added(self.keys, squares(decoded.keys, keys))
+        self.values = _added(self.values, squares(decoded.values, values))
 
     def add_outcome(self, outcome: Outcome, reference_right: bool | None) -> None:
         """Count one prompt."""
@@ -126,11 +127,7 @@ def compare(
         contexts = [caches]
         context_of: dict[str, int] = {}
         for name, codec in codecs.items():
-            prune = pruning_of(codec)
-            given = caches
-            if prune is not None:
-                given = [_as(c, torch.bfloat16) for c in DocumentEncoder(model, prune=prune).encode(documents)]
-            encoded = [codec.encode(cache) for cache in given]
+            encoded = [codec.encode(cache) for cache in _made_for(codec, model, group, caches)]
             decoded = [codec.decode(document, model.device) for document in encoded]
             for each in zip(encoded, given, decoded, strict=True):
                 tallies[name].add_document(*each)
@@ -153,8 +150,39 @@ def _as(cache: DocumentCache, dtype: torch.dtype) -> DocumentCache:
 
 
 def _same(some: Sequence[DocumentCache], others: Sequence[DocumentCache]) -> bool:
-    pairs = ((x, y) for a, b in zip(some, others, strict=True) for x, y in ((a.keys, b.keys), (a.values, b.values)))
-    return all(torch.equal(x, y) for x, y in pairs)
+    pairs = zip(some, others, strict=True)
+    return all(torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values) and _same_tokens(a, b) for a, b in pairs)
+
+
+def _same_tokens(a: DocumentCache, b: DocumentCache) -> bool:
+    one, other = _kept(a), _kept(b)
+    return one is other if one is None or other is None else torch.equal(one, other)
+
+
+def _kept(cache: DocumentCache) -> torch.Tensor | None:
+    """Of a pruned cache, which tokens each layer and head has; ``None`` where it has all of them."""
+    return getattr(cache, "kept", None)
+
+
+def _left_of(cache: DocumentCache, decoded: DocumentCache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of ``cache`` that ``decoded`` has."""
+    kept = _kept(decoded)
+    if kept is None:
+        return cache.keys, cache.values
+    index = kept.to(cache.keys.device, torch.int64).unsqueeze(3)
+    keys, values = (t.gather(2, index.expand(-1, -1, -1, t.shape[3])) for t in (cache.keys, cache.values))
+    return keys, values
+
+
+def _made_for(
+    codec: Codec, model: LoadedModel, group: Group, caches: Sequence[DocumentCache]
+) -> Sequence[DocumentCache]:
+    """The caches that a codec is given: one that prunes may have to see the model read the documents."""
+    pruning = getattr(codec, "pruning", None)
+    if pruning is None:
+        return caches
+    options: dict[str, Any] = {"prune": pruning}
+    return [_as(cache, torch.bfloat16) for cache in DocumentEncoder(model, **options).encode(group.documents)]
 
 
 @dataclass(frozen=True, slots=True)
