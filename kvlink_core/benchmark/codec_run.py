@@ -84,8 +84,9 @@ def run(
     models = [load_model(plan.model, device=plan.device)] if plan.questions else []
     texts = [load_model(plan.text_model, device=plan.device)] if plan.text_model else []
     speed = _speed(plan, codecs, watch, notes, progress) if plan.repeats else None
-    if busy := watch.warning():
-        notes.append(f"while speed was measured, {busy}" if speed else busy)
+    busy = watch.warning()
+    if speed and busy:
+        notes.append(f"while speed was measured, {busy}")
     quality = []
     for model in models:
         linked = (passages(model, plan.questions), long_documents(model, plan.questions, plan.document_tokens))
@@ -93,7 +94,7 @@ def run(
     for model in texts:
         material = own_text(model, plan.texts, *_fitting(model, plan))
         quality.append(_quality(plan.text_model or "", model, material, codecs, progress))
-    if not texts:
+    if models and not texts:
         notes.append("no second model's own text was followed, since --text-model names none.")
     return CodecReport(
         format="kvlink-bench-codec/1",
