@@ -44,9 +44,10 @@ def render(reports: Sequence[CodecReport]) -> str:
         if report.quick:
             parts.append("**A quick run, with fewer runs or questions than a figure needs: not to be quoted.**")
         parts += [_markdown(grid) for grid in grids(report)]
-        parts += [f"- {line[:1].upper()}{line[1:]}" for line in verdicts(report)]
-        parts += [f"- Note: {note}" for note in report.notes]
-    return "\n\n".join(parts).replace("\n\n- ", "\n- ") + "\n"
+        said = [f"- {line[:1].upper()}{line[1:]}" for line in verdicts(report)]
+        said += [f"- Note: {note}" for note in report.notes]
+        parts += ["\n".join(said)] if said else []
+    return "\n\n".join(parts) + "\n"
 
 
 def page_with(old: str, reports: Sequence[CodecReport]) -> str:

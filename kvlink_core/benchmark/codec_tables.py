@@ -15,8 +15,8 @@ DISK_GB_S = 2.0
 #: Goals: at most this share of bfloat16, and fewer points of exact match lost than this.
 GOALS = ((1 / 4, 0.5), (1 / 8, 1.0))
 
-#: Above this, decoding is no work: the cache is a view of the bytes.
-_NO_WORK_GB_S = 500.0
+#: Above this there is no work: the cache is a view of the bytes, or these of the cache.
+_NO_WORK_GB_S = 200.0
 
 
 @dataclass(frozen=True, slots=True)

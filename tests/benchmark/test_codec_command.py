@@ -178,7 +178,8 @@ def test_a_new_page_holds_the_figures_alone(report: CodecReport) -> None:
     assert text == f"{BEGIN}\n{render([report])}{END}\n"
     assert page_with(text, [report]) == text
     assert page_with("# Prose\n", [report]) == f"# Prose\n\n{text}"
-    assert "- Note: a note" in text
+    assert "\n\n- Decoded at 2 GB/s or more" in text
+    assert "\n- Note: a note\n" in text
     assert codec_page.read_page(Path("/nowhere/at/all.md")) == ""
 
 
