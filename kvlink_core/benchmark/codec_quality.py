@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kvlink_core.benchmark.codec_material import Case, Group, Material
-from kvlink_core.compress import Codec, EncodedDocument
+from kvlink_core.compress import Codec, EncodedDocument, pruning_of
 from kvlink_core.encode import DocumentEncoder
 from kvlink_core.engine import Generation, SamplingParams
 from kvlink_core.evaluation.worlds import MAX_ANSWER_TOKENS
@@ -129,7 +129,7 @@ def compare(
         for name, codec in codecs.items():
             encoded = [codec.encode(cache) for cache in _made_for(codec, model, group, caches)]
             decoded = [codec.decode(document, model.device) for document in encoded]
-            for each in zip(encoded, given, decoded, strict=True):
+            for each in zip(encoded, caches, decoded, strict=True):
                 tallies[name].add_document(*each)
             context_of[name] = next((i for i, c in enumerate(contexts) if _same(c, decoded)), len(contexts))
             if context_of[name] == len(contexts):
@@ -155,21 +155,14 @@ def _same(some: Sequence[DocumentCache], others: Sequence[DocumentCache]) -> boo
 
 
 def _same_tokens(a: DocumentCache, b: DocumentCache) -> bool:
-    one, other = _kept(a), _kept(b)
-    return one is other if one is None or other is None else torch.equal(one, other)
-
-
-def _kept(cache: DocumentCache) -> torch.Tensor | None:
-    """Of a pruned cache, which tokens each layer and head has; ``None`` where it has all of them."""
-    return getattr(cache, "kept", None)
+    return a.kept is b.kept if a.kept is None or b.kept is None else torch.equal(a.kept, b.kept)
 
 
 def _left_of(cache: DocumentCache, decoded: DocumentCache) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of ``cache`` that ``decoded`` has."""
-    kept = _kept(decoded)
-    if kept is None:
+    if decoded.kept is None:
         return cache.keys, cache.values
-    index = kept.to(cache.keys.device, torch.int64).unsqueeze(3)
+    index = decoded.kept.to(cache.keys.device, torch.int64).unsqueeze(3)
     keys, values = (t.gather(2, index.expand(-1, -1, -1, t.shape[3])) for t in (cache.keys, cache.values))
     return keys, values
 
@@ -178,11 +171,10 @@ def _made_for(
     codec: Codec, model: LoadedModel, group: Group, caches: Sequence[DocumentCache]
 ) -> Sequence[DocumentCache]:
     """The caches that a codec is given: one that prunes may have to see the model read the documents."""
-    pruning = getattr(codec, "pruning", None)
+    pruning = pruning_of(codec)
     if pruning is None:
         return caches
-    options: dict[str, Any] = {"prune": pruning}
-    return [_as(cache, torch.bfloat16) for cache in DocumentEncoder(model, **options).encode(group.documents)]
+    return [_as(cache, torch.bfloat16) for cache in DocumentEncoder(model, prune=pruning).encode(group.documents)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,6 +150,24 @@ def test_a_codec_is_charged_with_what_it_does(embedded: LoadedModel) -> None:
     assert deaf == tallies["again"]
 
 
+def test_pruned_caches_are_held_against_what_they_have_left(embedded: LoadedModel) -> None:
+    specs = [
+        "raw",
+        "raw:keep=0.5,scorer=knorm",
+        "raw:keep=0.5,scorer=expected-attention",
+        "int8:keep=0.5,scorer=random",
+    ]
+    tallies = compare(embedded, long_documents(embedded, 4, 100), {spec: get_codec(spec) for spec in specs})
+    whole, *pruned = (tallies[spec] for spec in specs)
+    for tally in pruned:
+        assert (tally.tokens, tally.bf16_bytes) == (whole.tokens, whole.bf16_bytes)
+        assert tally.divergence > 0
+    for tally in pruned[:2]:
+        assert (relative(tally.keys), relative(tally.values)) == (0, 0)
+        assert 0.5 < tally.stored_bytes / tally.bf16_bytes < 0.54
+    assert 0 < relative(pruned[2].keys) < 0.02
+
+
 def test_answers_that_change_count_once_each() -> None:
     from kvlink_core.benchmark.codec_quality import Outcome
 
