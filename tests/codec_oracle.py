@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -150,3 +151,85 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return np.array_equal(a.contiguous().view(torch.uint8).numpy(), b.contiguous().view(torch.uint8).numpy())
+
+
+def outward(x: float, dtype: str, *, up: bool) -> float:
+    """A float32 number, clipped to ``LIMIT``, to the next number of a 16-bit ``dtype`` that is not below (above) it."""
+    x = max(-LIMIT, min(LIMIT, x))
+    pattern = "<e" if dtype == "float16" else None
+
+    def bits_of(number: float) -> int:
+        if pattern:
+            return int(struct.unpack("<H", struct.pack(pattern, number))[0])
+        return int(struct.unpack("<I", struct.pack("<f", number))[0] >> 16)
+
+    def number_of(bits: int) -> float:
+        return read(struct.pack("<H", bits), dtype)[0]
+
+    near = bits_of(rounded(x, dtype))
+    found = number_of(near)
+    if found == x or (found > x) == up:
+        return found
+    # One step outward: away from zero, where that is the side wanted, and else towards it.
+    away = (math.copysign(1, found) > 0) == up
+    return number_of(near + (1 if away else -1))
+
+
+def encode(name: str, layout: Layout, dtype: str, numbers: list[float]) -> tuple[bytes, bytes]:
+    """The plain bytes of the two values of one layer. Every number must have one nearest code, clearly.
+
+    By fractions, so without an error of its own.
+    """
+    inside = [Fraction(max(-LIMIT, min(LIMIT, x))) for x in numbers]
+    groups = list(layout.elements())
+    members: list[list[Fraction]] = [[] for _ in range(layout.groups)]
+    for x, group in zip(inside, groups, strict=True):
+        members[group].append(x)
+    ends_dtype = endpoint_dtype(dtype)
+    if name == "fp8":
+        ends = [outward(float(max(abs(x) for x in group)), ends_dtype, up=True) for group in members]
+        codes = [_nearest_e4m3(x, Fraction(ends[group]) / 448) for x, group in zip(inside, groups, strict=True)]
+    else:
+        lower = [outward(float(min(group)), ends_dtype, up=False) for group in members]
+        upper = [outward(float(max(group)), ends_dtype, up=True) for group in members]
+        ends = lower + upper
+        most = 15 if name == "int4" else 255
+        codes = []
+        for x, group in zip(inside, groups, strict=True):
+            step = (Fraction(upper[group]) - Fraction(lower[group])) / most
+            exact = (x - Fraction(lower[group])) / step if step else Fraction(0)
+            assert abs(exact - math.floor(exact) - Fraction(1, 2)) > Fraction(1, 1000), "no clearly nearest code"
+            codes.append(round(exact))
+    if name == "int4":
+        half = math.ceil(len(codes) / 2)
+        padded = codes + [0] * (2 * half - len(codes))
+        codes = [padded[i] | padded[half + i] << 4 for i in range(half)]
+    pattern = "<e" if ends_dtype == "float16" else "<f"
+    stored = [struct.pack(pattern, end + 0.0)[-2:] for end in ends]  # of a float32 the upper half; -0 becomes 0
+    return bytes(codes), b"".join(stored)
+
+
+def _nearest_e4m3(x: Fraction, scale: Fraction) -> int:
+    if not scale:
+        return 0x80 if str(float(x)).startswith("-") else 0
+    target = abs(x) / scale
+    code = min(range(0x7F), key=lambda c: (abs(Fraction(e4m3(c)) - target), c & 1))
+    others = sorted(abs(Fraction(e4m3(c)) - target) for c in range(0x7F))[:2]
+    assert others[1] - others[0] > Fraction(1, 100_000), "no clearly nearest code"
+    return code | (0x80 if x < 0 else 0)
+
+
+def frame(data: bytes) -> bytes:
+    """A Zstandard frame (RFC 8878) of fewer than 256 bytes: a raw block of the first half, then runs."""
+    half = len(data) // 2
+    blocks = [(0, len(data[:half]), data[:half])]
+    rest = data[half:]
+    while rest:
+        run = len(rest) - len(rest.lstrip(rest[:1]))
+        blocks.append((1, run, rest[:1]))
+        rest = rest[run:]
+    made = b"\x28\xb5\x2f\xfd" + bytes([0b0010_0000, len(data)])  # single segment, its size in one byte, no checksum
+    for number, (kind, size, content) in enumerate(blocks):
+        last = number == len(blocks) - 1
+        made += (last | kind << 1 | size << 3).to_bytes(3, "little") + content
+    return made

@@ -17,6 +17,7 @@ from kvlink_core.errors import ConfigError
 from kvlink_core.models import LoadedModel
 
 if TYPE_CHECKING:
+    from kvlink_core.benchmark.codec_results import CodecReport
     from kvlink_core.benchmark.precision import PrecisionReport
 
 
@@ -64,7 +65,7 @@ def make_report(
     )
 
 
-def write_report(report: Report | PrecisionReport, path: Path) -> None:
+def write_report(report: Report | PrecisionReport | CodecReport, path: Path) -> None:
     """Write the JSON.
 
     Raises:

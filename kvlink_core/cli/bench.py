@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from kvlink_core.cli.bench_codec import bench_codec, bench_codec_page
 from kvlink_core.cli.bench_tiers import bench_tiers
-from kvlink_core.cli.common import Device, Dtype, Model, probe, progress_bar, stderr, stdout
+from kvlink_core.cli.common import Device, Dtype, Model, command_line, probe, progress_bar, stderr, stdout, wide
 from kvlink_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvlink_core.benchmark.results import Case, Report
 
 bench_app = typer.Typer(
-    help="Measure speed (alternating runs in one process, medians and ratios) and accuracy by dtype.",
+    help="Measure speed (alternating runs in one process, medians and ratios), codecs, and accuracy by dtype.",
     no_args_is_help=True,
 )
+bench_app.command("codec")(bench_codec)
+bench_app.command("codec-page")(bench_codec_page)
 bench_app.command("tiers")(bench_tiers)
-
-#: Columns for tables that go into a file or a pipe.
-_WIDTH = 140
 
 
 @bench_app.command("ttft")
@@ -108,7 +105,7 @@ def bench_ttft(
             )
     report = make_report(
         loaded, model, settings, points, warnings,
-        watch=watch, command=_command(), started=started,
+        watch=watch, command=command_line(), started=started,
     )  # fmt: skip
     _show(report)
     if output is not None:
@@ -196,8 +193,8 @@ def bench_dtype(
             prompts=prompts,
             progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total),
         )
-    report = precision_report(rows, failures, seeds=seeds, prompts=prompts, command=_command())
-    _wide().print(precision_table(report))
+    report = precision_report(rows, failures, seeds=seeds, prompts=prompts, command=command_line())
+    wide().print(precision_table(report))
     for name, reason in failures.items():
         stdout.print(f"note: {name}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     over = sum(not row.met for row in rows)
@@ -208,15 +205,6 @@ def bench_dtype(
         write_text(render(report), page)
     if over:
         raise typer.Exit(1)
-
-
-def _command() -> str:
-    return shlex.join(["kvlink", *sys.argv[1:]])
-
-
-def _wide() -> Console:
-    """A terminal as it is; what goes into a file or a pipe has room for tables."""
-    return stdout if stdout.is_terminal else Console(emoji=False, width=_WIDTH)
 
 
 def _cases(
@@ -241,9 +229,9 @@ def _cases(
 def _show(report: Report) -> None:
     from kvlink_core.benchmark.tables import hardware_line, report_tables
 
-    wide = _wide()
+    console = wide()
     for table in report_tables(report):
-        wide.print(table)
+        console.print(table)
     stdout.print(hardware_line(report), markup=False, highlight=False, soft_wrap=True)
     for warning in report.warnings:
         stdout.print(f"note: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -34,13 +34,23 @@ def round_outward(numbers: torch.Tensor, dtype: torch.dtype, *, up: bool) -> tor
     nearest = numbers.to(dtype)
     back = nearest.to(torch.float32)
     wrong = back < numbers if up else back > numbers
-    # In magnitude one step up where that is the wanted direction. Zero has the sign of what was rounded to it.
+    # In magnitude one step up where that is the wanted direction. Zero has the sign of what was rounded to it, and at
+    # the end none, so that the bytes are the same whichever of -0 and 0 a device takes for the least.
     bits = nearest.view(torch.int16)
     outward = ~bits.signbit() if up else bits.signbit()
-    return torch.where(wrong, bits + torch.where(outward, 1, -1).to(torch.int16), bits).view(dtype)
+    stepped = torch.where(wrong, bits + torch.where(outward, 1, -1).to(torch.int16), bits).view(dtype)
+    return stepped.masked_fill_(stepped == 0, 0.0)
 
 
 def check_endpoints(ends: torch.Tensor) -> None:
     """Raise ``PayloadCorruptError`` unless all are finite and within the limit."""
-    if not bool((ends.abs() <= LIMIT).all()):
+    # Magnitudes of 16-bit floats are in the order of their bits read as integers, and torch compares many of these at a
+    # time.
+    most = _bits(min(LIMIT, torch.finfo(ends.dtype).max), ends.dtype)
+    if int(ends.view(torch.int16).bitwise_and(0x7FFF).max()) > most:
         raise PayloadCorruptError("an endpoint that no group may have")
+
+
+def _bits(number: float, dtype: torch.dtype) -> int:
+    """Of a 16-bit float that is not negative."""
+    return int(torch.tensor(number, dtype=dtype).view(torch.int16))

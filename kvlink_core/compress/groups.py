@@ -6,6 +6,7 @@ values by token over channels (KIVI, arXiv 2402.02750; KVQuant, arXiv 2401.18079
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ import torch
 
 Axis = Literal["channel", "token"]
 
-#: Elements worked on at a time: on a processor what its caches hold; on a GPU more, since each step costs a launch.
-_CPU_ELEMENTS, _GPU_ELEMENTS = 2**19, 2**26
+#: Elements worked on at a time: on a processor, for each thread, what a core's cache holds in float32 and as codes; on
+#: a GPU more, since each step costs a launch.
+_CPU_ELEMENTS, _GPU_ELEMENTS = 2**18, 2**26
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +82,17 @@ class Groups:
             elements: ``[layers, heads, tokens, dim]``.
             numbers: ``[layers, *counts]`` each.
         """
-        cuts = (_cuts(n, b) for n, b in zip(elements.shape[1:], self.block, strict=True))
+        cuts = [_cuts(n, b) for n, b in zip(elements.shape[1:], self.block, strict=True)]
+        whole = all(len(along) == 1 for along in cuts)  # then there is nothing to cut, and slices cost time
         for heads, tokens, dim in itertools.product(*cuts):
-            part = elements[:, heads.elements, tokens.elements, dim.elements]
+            part = elements if whole else elements[:, heads.elements, tokens.elements, dim.elements]
             inside = part.view(-1, heads.count, heads.block, tokens.count, tokens.block, dim.count, dim.block)
-            of_part = (number[:, heads.groups, tokens.groups, dim.groups] for number in numbers)
+            of_part = (n if whole else n[:, heads.groups, tokens.groups, dim.groups] for n in numbers)
             yield inside, *(n.view(-1, heads.count, 1, tokens.count, 1, dim.count, 1) for n in of_part)
 
 
 def _limit(device: torch.device) -> int:
-    return _CPU_ELEMENTS if device.type == "cpu" else _GPU_ELEMENTS
+    return _CPU_ELEMENTS * torch.get_num_threads() if device.type == "cpu" else _GPU_ELEMENTS
 
 
 def _runs(length: int, at_once: int) -> list[slice]:
@@ -117,8 +120,9 @@ class _Cut:
         return slice(self.first, self.first + self.count)
 
 
-def _cuts(length: int, block: int) -> list[_Cut]:
+@functools.lru_cache(maxsize=256)
+def _cuts(length: int, block: int) -> tuple[_Cut, ...]:
     """The whole groups along an axis, and the last one where it is shorter."""
     count, left = divmod(length, block)
-    whole = [_Cut(0, count, block, 0)] if count else []
-    return whole + ([_Cut(count * block, 1, left, count)] if left else [])
+    whole = (_Cut(0, count, block, 0),) if count else ()
+    return whole + ((_Cut(count * block, 1, left, count),) if left else ())

@@ -14,10 +14,12 @@ def join(codes: torch.Tensor) -> torch.Tensor:
     return joined
 
 
-def split(joined: torch.Tensor, count: int) -> torch.Tensor:
-    """The reverse: codes ``[rows, count]``."""
-    half = joined.shape[1]
-    codes = torch.empty(joined.shape[0], count, dtype=torch.uint8, device=joined.device)
-    torch.bitwise_and(joined, 15, out=codes[:, :half])
-    torch.bitwise_right_shift(joined[:, : count - half], 4, out=codes[:, half:])
-    return codes
+def split(joined: torch.Tensor, first: int, codes: torch.Tensor) -> None:
+    """The reverse for a run of the codes of each row: from number ``first`` as many as ``codes [rows, n]`` takes."""
+    half, end = joined.shape[1], first + codes.shape[1]
+    if first < half:
+        low = min(end, half)
+        torch.bitwise_and(joined[:, first:low], 15, out=codes[:, : low - first])
+    if end > half:
+        high = max(first, half)
+        torch.bitwise_right_shift(joined[:, high - half : end - half], 4, out=codes[:, high - first :])

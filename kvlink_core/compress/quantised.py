@@ -171,16 +171,23 @@ class QuantisedCodec:
     def _dequantise(self, stored: torch.Tensor, ends: torch.Tensor, groups: Groups, dtype: torch.dtype) -> torch.Tensor:
         device = stored.device
         decoded = fresh(groups.shape, dtype, device)
-        scratch = decoded if dtype == torch.float32 else fresh((groups.most_at_once(device),), torch.float32, device)
+        most = groups.most_at_once(device)
+        # Lent to one piece after the other, since memory that is new costs more than all that is done in it.
+        numbers = decoded if dtype == torch.float32 else fresh((most,), torch.float32, device)
+        nibbles = fresh((most,), torch.uint8, device) if self._quantiser.bits == 4 else None
         scales = self._quantiser.scales(ends)
+        of_head = math.prod(groups.shape[2:])
         for run in groups.layer_runs(device):
-            codes = split(stored[run], math.prod(groups.shape[1:])) if self._quantiser.bits == 4 else stored[run]
-            codes = codes.view(-1, *groups.shape[1:])
             for heads in groups.head_runs(device):
-                of_run = tuple(s[run, groups.of_heads(heads)] for s in scales)
                 piece = decoded[run, heads]
-                elements = piece if scratch is decoded else scratch[: piece.numel()].view(piece.shape)
-                self._quantiser.dequantise(codes[:, heads], groups, of_run, elements)
+                elements = piece if numbers is decoded else numbers[: piece.numel()].view(piece.shape)
+                if nibbles is not None:
+                    codes = nibbles[: piece.numel()].view(piece.shape)
+                    split(stored[run], heads.start * of_head, codes.view(piece.shape[0], -1))
+                else:
+                    codes = stored[run].view(-1, *groups.shape[1:])[:, heads]
+                of_run = tuple(s[run, groups.of_heads(heads)] for s in scales)
+                self._quantiser.dequantise(codes, groups, of_run, elements)
                 if elements is not piece:
                     piece.copy_(elements)
         return decoded
