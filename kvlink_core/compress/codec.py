@@ -83,7 +83,8 @@ class EncodedColumn:
     """The values of one column, one per layer, laid end to end.
 
     Attributes:
-        data: uint8 ``[sum(lengths)]``, contiguous, on the CPU; may be a view of memory that must not be written.
+        data: uint8 ``[sum(lengths)]``, contiguous, on the CPU; or, as values of equal length lie in a shard,
+            ``[layers, length]`` with gaps between them. May be a view of memory that must not be written.
         lengths: bytes of each layer's value.
     """
 
@@ -180,14 +181,23 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
 
 
+def packed(data: torch.Tensor) -> torch.Tensor:
+    """The bytes of a column (``EncodedColumn.data``) as uint8 ``[sum(lengths)]``, copied where there are gaps."""
+    # NumPy's copy, not torch's, which would start threads of its own for each thread that reads.
+    return data if data.ndim == 1 else torch.from_numpy(data.numpy().copy()).view(-1)
+
+
 def tensor_of(data: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Read bytes as a tensor, without a copy unless the bytes are not aligned for ``dtype``.
+
+    Where ``data`` has gaps (``EncodedColumn.data``) the tensor has them too, between its layers.
 
     Raises ``PayloadCorruptError`` when the number of bytes is not that of ``shape``.
     """
     needed = math.prod(shape) * dtype.itemsize
     if data.numel() != needed:
         raise PayloadCorruptError(f"{data.numel()} bytes for a tensor {list(shape)} that needs {needed}")
-    if data.data_ptr() % dtype.itemsize:
-        data = data.clone()  # torch would read it on this processor, but nothing promises that it may
+    aligned = data.data_ptr() % dtype.itemsize == 0 and (data.ndim == 1 or data.stride(0) % dtype.itemsize == 0)
+    if not aligned:  # torch would read it on this processor, but nothing promises that it may
+        data = packed(data) if data.ndim > 1 else torch.from_numpy(data.numpy().copy())
     return data.view(dtype).view(shape)

@@ -6,7 +6,7 @@ import pyarrow as pa
 import torch
 import torch.utils.dlpack
 
-from kvlink_core.compress.codec import EncodedColumn, fresh
+from kvlink_core.compress.codec import EncodedColumn, fresh, packed
 from kvlink_core.errors import PayloadCorruptError
 
 #: A frame is at least this part of its plain bytes, so that a short file cannot ask for much memory.
@@ -42,11 +42,12 @@ def unpack_values(name: str, column: EncodedColumn, layers: int, size: int, leve
     lengths = column.lengths
     if len(lengths) != layers or not all(least <= n <= size for n in lengths) or column.data.numel() != sum(lengths):
         raise PayloadCorruptError(f"column {name!r} is not {layers} values of {size} bytes")
+    data = packed(column.data)
     if all(n == size for n in lengths):
-        return column.data.view(layers, size)
+        return data.view(layers, size)
     codec = pa.Codec("zstd")
-    plain = fresh((layers, size), torch.uint8, column.data.device)
-    for row, value in zip(plain, torch.split(column.data, list(lengths)), strict=True):
+    plain = fresh((layers, size), torch.uint8, data.device)
+    for row, value in zip(plain, torch.split(data, list(lengths)), strict=True):
         if len(value) < size:
             try:
                 value = _tensor(codec.decompress(pa.py_buffer(value.numpy()), decompressed_size=size))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from itertools import accumulate
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -12,14 +12,20 @@ import torch.utils.dlpack
 import xxhash
 
 from kvlink_core.compress import EncodedColumn
-from kvlink_core.errors import PayloadCorruptError
+from kvlink_core.store.pages import Run
 
 assert sys.byteorder == "little", "stored numbers are little-endian and are not swapped here"
 
 
 def checksum(data: torch.Tensor) -> str:
-    """XXH3-128 of uint8 ``[n]``, as 32 hexadecimal digits."""
-    return xxhash.xxh3_128_hexdigest(data.numpy().data)
+    """XXH3-128 of uint8 ``[n]``, or of ``[values, length]`` as if laid end to end, as 32 hexadecimal digits."""
+    array = data.numpy()
+    if array.flags.c_contiguous:
+        return xxhash.xxh3_128_hexdigest(array.data)
+    running = xxhash.xxh3_128()
+    for row in array:
+        running.update(row.data)
+    return running.hexdigest()
 
 
 def tensor_of_buffer(buffer: pa.Buffer) -> torch.Tensor:
@@ -32,25 +38,20 @@ def tensor_of_buffer(buffer: pa.Buffer) -> torch.Tensor:
     return torch.utils.dlpack.from_dlpack(pa.Array.from_buffers(pa.uint8(), buffer.size, [None, buffer]))
 
 
-def array_of_column(column: EncodedColumn) -> pa.LargeBinaryArray:
-    """The values of ``column`` as an Arrow array that shares its memory."""
-    offsets = np.fromiter(accumulate(column.lengths, initial=0), dtype=np.int64)
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(column.data.numpy())]
-    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(column.lengths), buffers)
-
-
-def column_of_array(name: str, chunked: pa.ChunkedArray) -> EncodedColumn:
-    """The reverse: one value per row, none null. Raises ``PayloadCorruptError`` for anything else."""
-    if chunked.type != pa.large_binary() or chunked.num_chunks != 1 or chunked.null_count:
-        raise PayloadCorruptError(f"column {name!r} is not one run of large binary values without nulls")
-    array = chunked.chunk(0)
-    _, offset_buffer, data = array.buffers()
-    offsets = np.frombuffer(offset_buffer, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
-    lengths = np.diff(offsets)
-    if (lengths < 0).any() or offsets[0] < 0 or offsets[-1] > (data.size if data else 0):
-        raise PayloadCorruptError(f"column {name!r} has offsets outside its data")
-    run = data.slice(int(offsets[0]), int(offsets[-1] - offsets[0])) if data else pa.py_buffer(b"")
-    return EncodedColumn(tensor_of_buffer(run), tuple(lengths.tolist()))
+def column_of_values(data: pa.Buffer, values: Run | Sequence[tuple[int, int]]) -> EncodedColumn:
+    """The column whose values lie in ``data``: a run as it lies there, others copied together."""
+    if isinstance(values, Run):
+        lengths = (values.length,) * values.count
+        if not values.length:
+            return EncodedColumn(torch.empty(0, dtype=torch.uint8), lengths)
+        whole = tensor_of_buffer(data.slice(values.begin, values.count * (values.length + values.gap) - values.gap))
+        return EncodedColumn(whole.as_strided((values.count, values.length), (values.length + values.gap, 1)), lengths)
+    lengths = tuple(end - begin for begin, end in values)
+    view, joined, at = memoryview(data), np.empty(sum(lengths), dtype=np.uint8), 0
+    for begin, end in values:
+        joined[at : at + end - begin] = view[begin:end]
+        at += end - begin
+    return EncodedColumn(torch.from_numpy(joined), lengths)
 
 
 def tokens_of_bytes(data: bytes) -> torch.Tensor:

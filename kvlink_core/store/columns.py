@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
+
+from kvlink_core.store.tables import read_table
 
 #: What a character is worth as a hexadecimal digit; 255 for one that is none.
 _DIGITS = np.full(256, 255, dtype=np.uint8)
@@ -20,7 +21,7 @@ def read_rows(data: bytes, columns: Sequence[str]) -> pa.Table:
 
     Raises what Arrow raises for a file that cannot be read as Parquet with these columns.
     """
-    table = pq.read_table(pa.BufferReader(data), columns=list(columns), partitioning=None, use_threads=False)
+    table = read_table(data, columns)
     if "created_at" in table.column_names:
         at = table.column_names.index("created_at")
         table = table.set_column(at, "created_at", table["created_at"].cast(pa.timestamp("us", "UTC")))

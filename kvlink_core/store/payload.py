@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from kvlink_core.compress import Codec, EncodedColumn, EncodedDocument, codec_spec, make_codec
 from kvlink_core.errors import (
@@ -21,7 +22,7 @@ from kvlink_core.errors import (
     UnknownCodecError,
 )
 from kvlink_core.fingerprint import token_bytes, token_digest
-from kvlink_core.store.buffers import array_of_column, checksum, column_of_array, tokens_of_bytes
+from kvlink_core.store.buffers import checksum, column_of_values, tokens_of_bytes
 from kvlink_core.store.manifest import (
     FINGERPRINT_KEY,
     FORMAT_KEY,
@@ -33,14 +34,17 @@ from kvlink_core.store.manifest import (
     parse_manifest,
     shard_name,
 )
-from kvlink_core.store.pages import Chunk, check_pages, read_chunks
+from kvlink_core.store.pages import Chunk, Page, data_pages, read_chunks, read_only_value, read_values
+from kvlink_core.store.parquet import MAGIC, ShardWriter
 from kvlink_core.store.rows import CatalogRow
 
-MAGIC = b"PAR1"
 MAX_FOOTER_BYTES = 64 * 2**20
 
 #: Parquet's limit for one value is 2 GiB; half of it keeps sums of lengths away from every 32-bit corner.
 _MAX_VALUE_BYTES = 2**30
+
+#: The column of token ids; those of the codec follow.
+_TOKENS = 1
 
 #: What page headers, value lengths and levels may add to a column chunk, and per value.
 _CHUNK_SLACK, _VALUE_SLACK = 1024, 64
@@ -57,6 +61,8 @@ class Footer:
     codec: Codec
     fingerprint_json: str
     data_end: int | None  # where the footer begins, so where data must end; None when the size is not known
+    spec: str  # the codec with its parameters, as rows name it
+    places: dict[int, tuple[int, int]] = field(default_factory=dict, compare=False)  # what ``locate`` has accepted
 
 
 def write_payload(
@@ -67,7 +73,7 @@ def write_payload(
     documents: Sequence[EncodedDocument],
     extra: Mapping[bytes, bytes] | None = None,
 ) -> str:
-    """Write a shard to a file that can be read back, and return the name that it must have.
+    """Write a shard to an empty file, and return the name that it must have.
 
     The documents are those of the manifest, in its order; ``extra`` is further key-value metadata.
 
@@ -85,37 +91,10 @@ def write_payload(
         FINGERPRINT_KEY: fingerprint_json.encode(),
         **(extra or {}),
     }
-    schema = _schema(codec).with_metadata(metadata)
-    with pq.ParquetWriter(
-        sink,
-        schema,
-        compression="NONE",
-        use_dictionary=False,
-        write_statistics=False,
-        # One page for all layers of a column reads fastest; a page's length is a 31-bit number, though.
-        write_batch_size=max(1, min(1024, _MAX_VALUE_BYTES // max(1, largest))),
-    ) as writer:
-        for document in documents:
-            layers = document.shape.layers
-            tokens = [token_bytes(document.token_ids.tolist())] + [None] * (layers - 1)
-            arrays = [pa.array(range(layers), pa.int32()), pa.array(tokens, pa.large_binary())]
-            arrays += [array_of_column(document.columns[name]) for name in codec.columns]
-            writer.write_table(pa.table(arrays, schema=schema), row_group_size=layers)
-    size = sink.tell()
-    sink.seek(size - 8)
-    length = int.from_bytes(sink.read(4), "little")
-    sink.seek(size - 8 - length)
-    name = shard_name(sink.read(length))
-    sink.seek(size)
-    return name
-
-
-def _schema(codec: Codec) -> pa.Schema:
-    fields = [
-        pa.field("layer", pa.int32(), nullable=False),
-        pa.field("token_ids", pa.large_binary(), nullable=True),
-    ]
-    return pa.schema(fields + [pa.field(name, pa.large_binary(), nullable=False) for name in codec.columns])
+    writer = ShardWriter(sink, codec.columns, metadata)
+    for document in documents:
+        writer.add(token_bytes(document.token_ids.tolist()), [document.columns[name] for name in codec.columns])
+    return shard_name(writer.end())
 
 
 def _columns(codec: Codec) -> list[str]:
@@ -189,7 +168,8 @@ def parse_footer(shard: str, tail: bytes, size: int | None) -> Footer:
         if len(chunks) != len(manifest.documents):
             raise PayloadCorruptError(f"shard {shard}: not as many row groups as documents")
         data_end = None if size is None else size - length
-        return Footer(shard, metadata, chunks, manifest, codec, pairs[FINGERPRINT_KEY].decode(), data_end)
+        text = pairs[FINGERPRINT_KEY].decode()
+        return Footer(shard, metadata, chunks, manifest, codec, text, data_end, codec_spec(codec))
 
 
 def check_asked(footer: Footer, row: CatalogRow) -> DocumentEntry:
@@ -198,10 +178,13 @@ def check_asked(footer: Footer, row: CatalogRow) -> DocumentEntry:
     if not 0 <= row.row_group < len(manifest.documents):
         raise PayloadForeignError(f"shard {footer.shard} has no row group {row.row_group}")
     entry = manifest.documents[row.row_group]
+    found = (entry.token_digest, entry.tokens, footer.spec, manifest.fingerprint, manifest.namespace)
+    if found == (row.token_digest, row.tokens, row.codec, row.fingerprint, row.namespace):
+        return entry
     pairs = {
         "namespace": (manifest.namespace, row.namespace),
         "fingerprint": (manifest.fingerprint, row.fingerprint),
-        "codec": (codec_spec(footer.codec), row.codec),
+        "codec": (footer.spec, row.codec),
         "token digest": (entry.token_digest, row.token_digest),
         "tokens": (str(entry.tokens), str(row.tokens)),
     }
@@ -214,6 +197,8 @@ def locate(footer: Footer, row_group: int) -> tuple[int, int]:
 
     Reads nothing and allocates nothing. Raises ``PayloadCorruptError``.
     """
+    if row_group in footer.places:
+        return footer.places[row_group]
     manifest, entry, chunks = footer.manifest, footer.manifest.documents[row_group], footer.chunks[row_group]
     columns = footer.codec.columns
     ok = set(entry.columns) == set(columns) and all(c.values == manifest.layers for c in chunks)
@@ -229,6 +214,7 @@ def locate(footer: Footer, row_group: int) -> tuple[int, int]:
     begin, end = chunks[0].begin, chunks[-1].end
     if not ok or (footer.data_end is not None and end > footer.data_end):
         raise PayloadCorruptError(f"shard {footer.shard}: row group {row_group} is not as its manifest says")
+    footer.places[row_group] = begin, end
     return begin, end
 
 
@@ -238,36 +224,40 @@ class PayloadFile:
     def __init__(self, source: pa.NativeFile, footer: Footer) -> None:
         self.footer = footer
         self._source = source
-        self._parquet: pq.ParquetFile | None = None
 
-    def read(self, row_group: int, columns: list[str]) -> pa.Table:
-        """The columns of one document that ``locate`` has accepted; whatever goes wrong is raised as it comes."""
-        for name, chunk in zip(_columns(self.footer.codec), self.footer.chunks[row_group], strict=True):
-            if name in columns:
-                check_pages(self._source, chunk)
-        if self._parquet is None:
-            self._parquet = pq.ParquetFile(self._source, metadata=self.footer.metadata)
-        table = self._parquet.read_row_group(row_group, columns=columns, use_threads=False)
-        if table.num_rows != self.footer.manifest.layers:
-            raise PayloadCorruptError(f"shard {self.footer.shard}: {table.num_rows} layers are there")
-        return table
+    def read(self, row_group: int, last: int) -> pa.Buffer:
+        """The bytes of a row group that ``locate`` has accepted, from its token ids up to column ``last``; no copy."""
+        chunks = self.footer.chunks[row_group]
+        begin, end = chunks[_TOKENS].begin, chunks[last].end
+        self._source.seek(begin)
+        data = self._source.read_buffer(end - begin)
+        if data.size != end - begin:
+            raise PayloadCorruptError(f"shard {self.footer.shard} ends within row group {row_group}")
+        return data
+
+    def pages(self, data: memoryview, row_group: int, column: int) -> list[Page]:
+        """The pages of a column, in what ``read`` returned. Raises ``PayloadCorruptError``."""
+        chunk, origin = self.footer.chunks[row_group][column], self.footer.chunks[row_group][_TOKENS].begin
+        return data_pages(data, chunk.begin - origin, chunk.end - origin, chunk.values)
 
 
 def read_document(file: PayloadFile, row_group: int, *, verify: bool) -> EncodedDocument:
-    """Read one document that ``locate`` has accepted.
+    """Read one document that ``locate`` has accepted. What the codec can take as it lies there is not copied.
 
     Raises ``PayloadCorruptError`` for wrong lengths, token ids that are not those of the digest, and, with ``verify``,
     bytes that do not match their checksum.
     """
     footer = file.footer
-    names = list(footer.codec.columns)
     entry = footer.manifest.documents[row_group]
     with corrupt(footer.shard):
-        table = file.read(row_group, ["token_ids", *names])
-        token_ids = _token_ids(table, entry)
+        names = footer.codec.columns
+        buffer = file.read(row_group, _TOKENS + len(names))
+        data = memoryview(buffer)
+        token_ids = _token_ids(read_only_value(data, file.pages(data, row_group, _TOKENS)), entry)
         columns: dict[str, EncodedColumn] = {}
-        for name in names:
-            columns[name] = column = column_of_array(name, table.column(name))
+        for number, name in enumerate(names, start=_TOKENS + 1):
+            values = read_values(data, file.pages(data, row_group, number))
+            columns[name] = column = column_of_values(buffer, values)
             stated = entry.columns[name]
             if column.data.numel() != stated.bytes:
                 raise PayloadCorruptError(f"{column.data.numel()} bytes in column {name!r}, not {stated.bytes}")
@@ -275,22 +265,19 @@ def read_document(file: PayloadFile, row_group: int, *, verify: bool) -> Encoded
                 raise PayloadCorruptError(
                     f"shard {footer.shard}: column {name!r} of row group {row_group} does not match its checksum"
                 )
-        shape = footer.manifest.shape(entry)
-        return EncodedDocument(shape, tokens_of_bytes(token_ids), columns, entry.params)
+        return EncodedDocument(footer.manifest.shape(entry), token_ids, columns, entry.params)
 
 
 def read_token_ids(file: PayloadFile, row_group: int) -> list[int]:
     """Only the token ids of one document, checked against its digest. Raises ``PayloadCorruptError``."""
     with corrupt(file.footer.shard):
-        table = file.read(row_group, ["token_ids"])
-        return tokens_of_bytes(_token_ids(table, file.footer.manifest.documents[row_group])).tolist()
+        data = memoryview(file.read(row_group, _TOKENS))
+        value = read_only_value(data, file.pages(data, row_group, _TOKENS))
+        return _token_ids(value, file.footer.manifest.documents[row_group]).tolist()
 
 
-def _token_ids(table: pa.Table, entry: DocumentEntry) -> bytes:
-    column = table.column("token_ids")
-    if column.type != pa.large_binary() or column.null_count != len(column) - 1 or not column[0].is_valid:
-        raise PayloadCorruptError("token ids are not in the first row alone")
-    data = bytes(column[0].as_py())
+def _token_ids(value: memoryview, entry: DocumentEntry) -> torch.Tensor:
+    data = bytes(value)
     if len(data) != 4 * entry.tokens or token_digest(data) != entry.token_digest:
         raise PayloadCorruptError("the token ids do not match their digest")
-    return data
+    return tokens_of_bytes(data)

@@ -14,6 +14,7 @@ import pyarrow as pa
 from kvlink_core.compress import Codec, EncodedDocument
 from kvlink_core.errors import PayloadCorruptError, PayloadError, PayloadMissingError, StoreUnavailableError
 from kvlink_core.store.manifest import check_shard_name
+from kvlink_core.store.parquet import ALIGNMENT
 from kvlink_core.store.payload import (
     Footer,
     PayloadFile,
@@ -178,7 +179,9 @@ class ShardReader:
             return footer
         try:
             check_asked(footer, row)
-            return Range(f"shards/{row.shard}", *locate(footer, row.row_group))
+            begin, end = locate(footer, row.row_group)
+            # From a multiple of the alignment, so that numbers are aligned in the memory that a bucket's answer is in.
+            return Range(f"shards/{row.shard}", begin - begin % ALIGNMENT, end)
         except PayloadError as error:
             return error
 

@@ -1,4 +1,4 @@
-"""As much of Thrift's compact protocol as reading Parquet's own structures needs.
+"""As much of Thrift's compact protocol as reading and writing Parquet's own structures needs.
 
 Arrow trusts what it parses: a page header says how much to allocate, and some impossible values in a footer end the
 process instead of raising. So both are looked at with this first, which only ever raises ``PayloadCorruptError``.
@@ -7,7 +7,18 @@ https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
 from kvlink_core.errors import PayloadCorruptError
+
+#: Kinds of values, as they are written.
+INT16: Final = 4
+INT32: Final = 5
+INT64: Final = 6
+BINARY: Final = 8
+LIST: Final = 9
+STRUCT: Final = 12
 
 #: A struct is ``{field number: value}``; a value is a bool, int, bytes, list or struct, or None where it is skipped.
 Value = object
@@ -107,3 +118,41 @@ def items(fields: Struct, number: int) -> list[Value]:
     if not isinstance(value, list):
         raise PayloadCorruptError(f"a Parquet structure lacks list {number}")
     return value
+
+
+def write_number(value: int, spare: int = 0) -> bytes:
+    """A signed number, with ``spare`` bytes more than it needs: leading zeros, which readers skip."""
+    data = bytearray(_unsigned(value << 1 if value >= 0 else ~(value << 1)))
+    if spare:
+        data[-1] |= 0x80
+        data += b"\x80" * (spare - 1) + b"\x00"
+    return bytes(data)
+
+
+def _unsigned(value: int) -> bytes:
+    data = bytearray()
+    while value > 0x7F:
+        data.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*data, value])
+
+
+def write_bytes(value: bytes) -> bytes:
+    """A string with its length before it."""
+    return _unsigned(len(value)) + value
+
+
+def write_list(kind: int, values: Sequence[bytes]) -> bytes:
+    """A list of values of one kind, already written."""
+    count = len(values)
+    head = bytes([count << 4 | kind]) if count < 15 else bytes([0xF0 | kind]) + _unsigned(count)
+    return head + b"".join(values)
+
+
+def write_struct(*fields: tuple[int, int, bytes]) -> bytes:
+    """A struct of fields ``(number, kind, value already written)``, numbers rising by at most 15."""
+    data, last = [], 0
+    for number, kind, value in fields:
+        data += [bytes([(number - last) << 4 | kind]), value]
+        last = number
+    return b"".join(data) + b"\x00"

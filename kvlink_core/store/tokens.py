@@ -16,6 +16,7 @@ from kvlink_core.store.manifest import check_shard_name
 from kvlink_core.store.payload import corrupt
 from kvlink_core.store.rows import CatalogRow
 from kvlink_core.store.storage import Storage
+from kvlink_core.store.tables import check_table, read_table
 
 DIRECTORY = "tokens"
 _SCHEMA = pa.schema([("row_group", pa.int32()), ("token_ids", pa.large_binary())])
@@ -38,7 +39,7 @@ def read_tokens(storage: Storage, row: CatalogRow) -> list[int] | None:
         check_shard_name(row.shard)
         data = storage.read(f"{DIRECTORY}/{row.shard}")
         with corrupt(row.shard):
-            table = pq.read_table(pa.BufferReader(data), columns=["token_ids"], use_threads=False)
+            table = read_table(data, ["token_ids"])
             copy = table["token_ids"][row.row_group].as_py()
             return tokens_of_bytes(copy).tolist() if token_digest(copy) == row.token_digest else None
     except (FileNotFoundError, PayloadError):
@@ -57,7 +58,7 @@ def read_copies(storage: Storage, shard: str) -> dict[int, str] | None:
         return None
     try:
         with corrupt(shard):
-            table = pq.read_table(pa.BufferReader(data), columns=["token_ids"], use_threads=False)
+            table = read_table(data, ["token_ids"])
             return {i: token_digest(ids) for i, ids in enumerate(table["token_ids"].to_pylist()) if ids is not None}
     except PayloadError:
         return {}
@@ -70,7 +71,9 @@ def is_tokens_file(storage: Storage, shard: str) -> bool:
     """
     try:
         with corrupt(shard):
-            schema = pq.read_schema(pa.BufferReader(storage.read(f"{DIRECTORY}/{shard}")))
+            data = storage.read(f"{DIRECTORY}/{shard}")
+            check_table(data)
+            schema = pq.read_schema(pa.BufferReader(data))
     except (FileNotFoundError, PayloadError):
         return False
     return bool(schema.remove_metadata().equals(_SCHEMA))
