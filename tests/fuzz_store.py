@@ -1,0 +1,438 @@
+"""Feeds damaged and forged files to everything that reads a store: ``python tests/fuzz_store.py --minutes 10``.
+
+Real files of every codec are mutated: byte by byte; in the structures of Parquet, of the manifest and of the log; in
+their values, with checksums made to match. Most shards get the name that their footer hashes to, or nothing would come
+past the first check. What is read must be what was written, or a named error; without a crash, in little time and memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import json
+import logging
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import parquet_bytes as parquet
+import pyarrow as pa
+import torch
+import xxhash
+from store_places import FINGERPRINT, make_cache, same
+
+from kvlink_core.errors import KVLinkError, PayloadError
+from kvlink_core.store import CatalogRow, DocumentStore
+from kvlink_core.store.catalog import Catalog
+from kvlink_core.store.columns import read_rows
+from kvlink_core.store.records import being_collected, read_deleted
+from kvlink_core.store.shards import ShardReader
+from kvlink_core.store.storage import Entry, Range, Tail, open_storage
+from kvlink_core.store.tokens import is_tokens_file, read_copies, read_tokens
+from kvlink_core.types import DocumentCache
+
+CODECS = (
+    "raw", "lossless", "lossless:zstd=0", "fp8", "fp8:zstd=3", "int8:group=8", "int8:keys=token,zstd=1", "int4",
+    "int4:group=4,keys=token", "int4:zstd=1",
+)  # fmt: skip
+
+#: No input may take longer, and all together may not add more to the process.
+SECONDS, MEMORY = 2.0, 256 * 2**20
+
+
+class Memory:
+    """A storage of a few files that are not on any disk."""
+
+    url = "memory"
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+
+    def read(self, path: str) -> bytes:
+        if path not in self.files:
+            raise FileNotFoundError(path)
+        return self.files[path]
+
+    def names(self, path: str) -> list[str]:
+        return [name.removeprefix(f"{path}/") for name in self.files if name.startswith(f"{path}/")]
+
+    def entries(self, path: str) -> list[Entry]:
+        return [Entry(name, len(data), 0.0) for name, data in self.files.items() if name.startswith(f"{path}/")]
+
+    def tails(self, paths: list[str], length: int) -> list[Tail | Exception]:
+        return [Tail(self.files[p][-length:], len(self.files[p])) for p in paths]
+
+    def open_ranges(self, ranges: list[Range]) -> list[Any]:
+        whole = [(self.files[r.path], r.end) for r in ranges]
+        return [pa.BufferReader(data) if len(data) >= end else EOFError("short") for data, end in whole]
+
+
+@dataclass
+class Shard:
+    """A real shard: its bytes, its rows, what they decode to, and the copy of its token ids."""
+
+    data: bytes
+    rows: list[CatalogRow]
+    caches: list[DocumentCache]
+    copy: bytes
+
+
+def real_files(directory: Path) -> tuple[list[Shard], bytes, Path]:
+    """Shards of every codec, a file of the catalog, and the store that it is from."""
+    shards = []
+    for number, codec in enumerate(CODECS):
+        for dtype in ("float32", "bfloat16"):
+            fingerprint = replace(FINGERPRINT, dtype=dtype)
+            with DocumentStore.open(str(directory), fingerprint=fingerprint, create=True, codec=codec) as store:
+                caches = [make_cache(n, 10 * number + n, getattr(torch, dtype)) for n in (3, 6)]
+                rows = store.write_shard([("a", caches[0]), ("b", caches[1])])
+                store.commit(rows)
+                decoded = [c for c in store.load(rows) if isinstance(c, DocumentCache)]
+                data, copy = ((directory / d / rows[0].shard).read_bytes() for d in ("shards", "tokens"))
+                shards.append(Shard(data, rows, decoded, copy))
+    catalog = next(p for p in sorted(directory.glob("catalog/*/*/*.parquet"))).read_bytes()
+    return shards, catalog, directory
+
+
+class Mutator:
+    """Changes bytes, structures and JSON at random, mostly a little."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self.chance = chance
+
+    def number(self, value: int) -> int:
+        odd = (0, 1, -1, 2, 255, 2**15, 2**31 - 1, -(2**31), 2**31, 2**32 - 1, 2**32, 2**40, 2**62, 2**63 - 1)
+        near = (value + 1, value - 1, 2 * value, -value, value // 2, value + self.chance.randrange(-64, 64))
+        return self.chance.choice((self.chance.choice(odd), self.chance.choice(near)))
+
+    def bytes(self, good: bytes) -> bytes:
+        data, chance = bytearray(good), self.chance
+        if not data:
+            return b"\0"
+        place = chance.randrange(len(data))
+        match chance.randrange(7):
+            case 0:
+                data[place] ^= 1 << chance.randrange(8)
+            case 1:
+                for _ in range(chance.randrange(1, 8)):
+                    data[chance.randrange(len(data))] = chance.choice((0, 1, 127, 128, 255))
+            case 2:
+                del data[place:]
+            case 3:
+                source, length = chance.randrange(len(data)), chance.randrange(1, 64)
+                data[place : place + length] = data[source : source + length]
+            case 4:
+                data[place:place] = chance.randbytes(chance.randrange(1, 64))
+            case 5:
+                del data[place : place + chance.randrange(1, 64)]
+            case _:
+                data[place : place + 4] = (self.number(0) % 2**32).to_bytes(4, "little")
+        return bytes(data)
+
+    def json(self, value: Any) -> Any:
+        """A copy with one place changed."""
+        chance = self.chance
+        if isinstance(value, dict) and value and chance.random() < 0.9:
+            key = chance.choice(list(value))
+            changed = {k: self.json(v) if k == key else v for k, v in value.items()}
+            match chance.randrange(12):
+                case 0:
+                    del changed[key]
+                case 1:
+                    changed[chance.choice(("x", "format", "tokens"))] = chance.choice((1, "x", None, {}))
+            return changed
+        if isinstance(value, list) and value and chance.random() < 0.9:
+            place = chance.randrange(len(value))
+            match chance.randrange(8):
+                case 0:
+                    return value[:place] + value[place + 1 :]
+                case 1:
+                    return value + [value[place]] * chance.choice((1, 2, 50))
+            return [self.json(v) if i == place else v for i, v in enumerate(value)]
+        if isinstance(value, int) and chance.random() < 0.8:
+            return self.number(value)
+        if isinstance(value, str) and value and chance.random() < 0.8:
+            place = chance.randrange(len(value))
+            return value[:place] + chance.choice(("", "0", "\0", "é", "../", value)) + value[place + 1 :]
+        return chance.choice((None, True, 0, -1, 1.5, 10**400, "", "x" * 5000, [], {}, [[[[]]]], {"a": 1}))
+
+    def text(self, data: bytes) -> bytes:
+        """JSON changed as JSON, or as bytes, or nested without end."""
+        match self.chance.randrange(8):
+            case 0:
+                return self.bytes(data)
+            case 1:
+                return data.replace(b"{", b'{"a":' * self.chance.choice((1, 200, 20_000)), 1)
+        return json.dumps(self.json(json.loads(data))).encode()
+
+    def struct(self, fields: parquet.Struct) -> None:
+        """Change one place in a Thrift structure."""
+        chance = self.chance
+        if not fields:
+            fields.append([1, parquet.I32, 0])
+        field = chance.choice(fields)
+        match chance.randrange(24):
+            case 0:
+                fields.remove(field)
+                return
+            case 1:
+                fields.insert(chance.randrange(len(fields) + 1), list(field))
+                return
+            case 2:
+                field[0] = chance.randrange(0, 20)
+                return
+            case 3:
+                fields.append([field[0] + chance.randrange(1, 20), parquet.I64, self.number(0)])
+                return
+        self._value(field)
+
+    def _value(self, field: list[Any]) -> None:
+        kind, value = field[1], field[2]
+        if kind in (parquet.I16, parquet.I32, parquet.I64):
+            field[2] = self.number(value)
+        elif kind == parquet.BINARY:
+            field[2] = self.text(value) if value.startswith(b"{") else self.bytes(value)
+        elif kind in (parquet.TRUE, parquet.FALSE):
+            field[2] = not value
+        elif kind == parquet.STRUCT:
+            self.struct(value)
+        elif kind == parquet.LIST:
+            element, values = value
+            place = self.chance.randrange(len(values)) if values else 0
+            match self.chance.randrange(8):
+                case 0:
+                    del values[place : place + 1]
+                case 1 if values:
+                    values.extend([values[place]] * self.chance.choice((1, 1, 300)))
+                case _ if values:
+                    inner = [0, element, values[place]]
+                    self._value(inner)
+                    values[place] = inner[2]
+
+    def footer(self, data: bytes) -> bytes:
+        """A Parquet file whose footer says something else."""
+        tree, _ = parquet.read_struct(parquet.footer_of(data))
+        for _ in range(self.chance.choice((1, 1, 1, 2, 4))):
+            self.struct(tree)
+        return parquet.with_footer(data, parquet.write_struct(tree))
+
+    def page(self, data: bytes) -> bytes:
+        """A Parquet file with a page header that says something else, the rest of the file where it was or not."""
+        tree, _ = parquet.read_struct(parquet.footer_of(data))
+        group = self.chance.choice(parquet.get(tree, 4)[1])
+        column = self.chance.choice(parquet.get(group, 1)[1])
+        at = parquet.get(parquet.get(column, 3), 9)
+        header, end = parquet.read_struct(data, at)
+        self.struct(header)
+        new = parquet.write_struct(header)
+        return data[:at] + new + data[end if self.chance.random() < 0.5 else at + len(new) :]
+
+    def values(self, data: bytes) -> bytes:
+        """A shard with other values, and checksums that match them: as its author could have written it."""
+        tree, _ = parquet.read_struct(parquet.footer_of(data))
+        names = [parquet.get(leaf, 4).decode() for leaf in parquet.get(tree, 2)[1][3:]]
+        pair = parquet.metadata(tree)[b"kvlink.manifest"]
+        manifest = json.loads(pair[2])
+        changed = bytearray(data)
+        for document, group in zip(manifest["documents"], parquet.get(tree, 4)[1], strict=True):
+            for name, column in zip(names, parquet.get(group, 1)[1][2:], strict=True):
+                meta = parquet.get(column, 3)
+                _, at = parquet.read_struct(data, parquet.get(meta, 9))
+                whole = xxhash.xxh3_128()
+                for _ in range(manifest["layers"]):
+                    length = int.from_bytes(data[at : at + 4], "little")
+                    if length and self.chance.random() < 0.3:
+                        for _ in range(self.chance.choice((1, 1, 3, 30))):
+                            place = at + 4 + self.chance.randrange(length)
+                            changed[place] = self.chance.choice((0, 127, 128, 255, self.chance.randrange(256)))
+                    whole.update(bytes(changed[at + 4 : at + 4 + length]))
+                    at += 4 + length
+                document["columns"][name]["checksum"] = whole.hexdigest()
+        pair[2] = json.dumps(manifest).encode()
+        return parquet.with_footer(bytes(changed), parquet.write_struct(tree))
+
+
+class Fuzzer:
+    """Makes inputs of a seed and reads them; ``counts`` says what became of them."""
+
+    def __init__(self, seed: int, files: tuple[list[Shard], bytes, Path], last: Path | None = None) -> None:
+        self.chance = random.Random(seed)
+        self.mutate = Mutator(self.chance)
+        self.shards, self.catalog, self.directory = files
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.last = last
+        self.kinds: list[tuple[Callable[[], str], int]] = [
+            (self.shard, 80), (self.table, 12), (self.copy, 8), (self.record, 6), (self.log, 1),
+        ]  # fmt: skip
+
+    def run(self) -> None:
+        """One input."""
+        kinds, weights = zip(*self.kinds, strict=True)
+        (kind,) = self.chance.choices(kinds, weights)
+        started = time.process_time()
+        outcome = kind()
+        took = time.process_time() - started
+        assert took < SECONDS, f"{kind.__name__}: {took:.1f} s"
+        assert "MemoryError" not in outcome, outcome
+        self.counts[f"{kind.__name__}: {outcome}"] += 1
+
+    def _note(self, data: bytes) -> None:
+        if self.last is not None:
+            self.last.write_bytes(data)
+
+    def shard(self) -> str:
+        good = self.chance.choice(self.shards)
+        ways = (self.mutate.bytes, self.mutate.footer, self.mutate.footer, self.mutate.page, self.mutate.values)
+        way = self.chance.choice(ways)
+        data = way(good.data)
+        if self.chance.random() < 0.2:
+            data = self.mutate.bytes(data)
+        forged = way != self.mutate.bytes or self.chance.random() < 0.7
+        name = parquet.name_of(data) if forged else good.rows[0].shard
+        self._note(data)
+        reader = ShardReader(Memory({f"shards/{name}": data}), verify=self.chance.random() < 0.8)  # type: ignore[arg-type]
+        try:
+            found = reader.load([replace(row, shard=name) for row in good.rows])
+            if self.chance.random() < 0.1:
+                encoded = reader.load_encoded([replace(row, shard=name) for row in good.rows])
+                assert all(isinstance(e, PayloadError) or e.token_ids.tolist() for e in encoded)
+            if self.chance.random() < 0.1:
+                for row, cache in zip(good.rows, good.caches, strict=True):
+                    with contextlib.suppress(PayloadError):
+                        assert reader.token_ids([replace(row, shard=name)]) == [cache.token_ids.tolist()]
+            trusting = not reader._verify
+        finally:
+            reader.close()
+        for item, cache in zip(found, good.caches, strict=True):
+            if isinstance(item, PayloadError):
+                continue
+            assert item.token_ids.tolist() == cache.token_ids.tolist(), "other tokens"
+            # Without checksums, or with ones that were made to match, numbers may be others; and a manifest that was
+            # changed may give them another shape, which is then held against the model's.
+            if not trusting and way != self.mutate.values:
+                assert same(item, cache) or (forged and item.keys.shape != cache.keys.shape), "other numbers"
+            assert item.nbytes <= 64 * len(data) + 4096, "more than it can hold"
+        return "|".join(sorted({type(item).__name__ for item in found}))
+
+    def table(self) -> str:
+        data = self.chance.choice((self.mutate.bytes, self.mutate.footer, self.mutate.page))(self.catalog)
+        self._note(data)
+        try:
+            table = read_rows(data, ["document_id", "token_digest", "codec", "shard", "created_at", "check"])
+        except Exception as error:  # what it is becomes a StoreUnavailableError
+            return "MemoryError" if isinstance(error, MemoryError | pa.ArrowMemoryError) else "refused"
+        assert table.nbytes <= 256 * len(data) + 2**20
+        table.to_pylist()
+        return "read"
+
+    def copy(self) -> str:
+        good = self.chance.choice(self.shards)
+        data = self.chance.choice((self.mutate.bytes, self.mutate.footer, self.mutate.page))(good.copy)
+        self._note(data)
+        storage: Any = Memory({f"tokens/{good.rows[0].shard}": data})
+        found = [read_tokens(storage, row) for row in good.rows]
+        read_copies(storage, good.rows[0].shard)
+        is_tokens_file(storage, good.rows[0].shard)
+        for ids, cache in zip(found, good.caches, strict=True):
+            assert ids is None or ids == cache.token_ids.tolist(), "other tokens"
+        return "read" if any(found) else "refused"
+
+    def record(self) -> str:
+        deleted = b'{"format":1,"namespace":"default","ids":["a","b"],"fingerprint":null,"codec":null,"until":5}'
+        collecting = b'{"format":1,"shards":["' + b"0" * 64 + b'.parquet"]}'
+        deleted, collecting = self.mutate.text(deleted), self.mutate.text(collecting)
+        self._note(deleted + b"\n" + collecting)
+        storage: Any = Memory({"deleted/a.json": deleted, "collecting/a.json": collecting})
+        assert all(len(name) == 72 for name in being_collected(storage))
+        try:
+            return "read" if read_deleted(storage) else "empty"
+        except KVLinkError as error:
+            return type(error).__name__
+
+    def log(self) -> str:
+        path = self.chance.choice(sorted(self.directory.glob("catalog/_delta_log/*.json")))
+        good = path.read_bytes()
+        lines = good.splitlines(keepends=True)
+        place = self.chance.randrange(len(lines))
+        lines[place] = self.mutate.text(lines[place].strip()) + b"\n"
+        self._note(b"".join(lines))
+        path.write_bytes(b"".join(lines))
+        row = self.shards[0].rows[0]
+        try:
+            catalog = Catalog(open_storage(str(self.directory)), row.namespace, row.fingerprint, row.codec)
+            catalog.refresh()
+            found = catalog.index.by_id(["a", "b"])
+            known = {r.document_id: r for r in self.shards[0].rows}
+            assert all(found[i] == known[i] for i in found), "another row"
+            return "read" if found else "empty"
+        except KVLinkError as error:
+            return type(error).__name__
+        finally:
+            path.write_bytes(good)
+
+
+def work(seed: int, seconds: float, last: Path) -> None:
+    """Fuzz for some time in this process, and print what became of the inputs."""
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as scratch:
+        fuzzer = Fuzzer(seed, real_files(Path(scratch) / "store"), last)
+        for _ in range(200):
+            fuzzer.run()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            fuzzer.run()
+        grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert grown < MEMORY, f"grew by {grown} bytes"
+    print(json.dumps({"counts": fuzzer.counts, "grown": grown}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--findings", type=Path, default=Path("fuzz-findings"), help="where inputs that fail are put")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.work:
+        work(given.seed, 60 * given.minutes, given.work)
+        return
+    end, seed, findings = time.monotonic() + 60 * given.minutes, given.seed, 0
+    counts: collections.Counter[str] = collections.Counter()
+    grown = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        last = Path(scratch) / "last"
+        while (left := end - time.monotonic()) > 1:  # minute by minute: a crash loses the counts of one
+            command = [sys.executable, __file__, "--work", str(last), "--seed", str(seed)]
+            command += ["--minutes", str(min(60.0, left) / 60)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                findings += 1
+                given.findings.mkdir(exist_ok=True)
+                (given.findings / f"{seed}.input").write_bytes(last.read_bytes() if last.exists() else b"")
+                (given.findings / f"{seed}.txt").write_text(f"exit code {done.returncode}\n{done.stderr}")
+                print(f"seed {seed}: exit code {done.returncode}; {done.stderr.strip().splitlines()[-1:]}", flush=True)
+            else:
+                result = json.loads(done.stdout)
+                counts.update(result["counts"])
+                grown = max(grown, result["grown"])
+            seed += 1
+    for outcome, count in sorted(counts.items()):
+        print(f"{count:>10,}  {outcome}")
+    print(f"{sum(counts.values()):,} inputs, {findings} findings; memory grew by {grown / 2**20:.0f} MiB at most")
+    sys.exit(1 if findings else 0)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
