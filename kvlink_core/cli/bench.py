@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from kvlink_core.cli.bench_codec import bench_codec, bench_codec_page
+from kvlink_core.cli.bench_store import bench_store
 from kvlink_core.cli.bench_tiers import bench_tiers
 from kvlink_core.cli.common import Device, Dtype, Model, command_line, probe, progress_bar, stderr, stdout, wide
 from kvlink_core.errors import ConfigError
@@ -25,6 +26,7 @@ bench_app = typer.Typer(
 bench_app.command("codec")(bench_codec)
 bench_app.command("codec-page")(bench_codec_page)
 bench_app.command("tiers")(bench_tiers)
+bench_app.command("store")(bench_store)
 
 
 @bench_app.command("ttft")

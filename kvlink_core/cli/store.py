@@ -21,7 +21,6 @@ from kvlink_core.cli.store_common import (
     show_json,
     size,
 )
-from kvlink_core.cli.store_measure import measure
 from kvlink_core.cli.store_tables import show_document, show_documents, show_problems, show_shard, show_stats
 from kvlink_core.errors import ConfigError
 
@@ -181,4 +180,3 @@ def export(
 
 for _change in (delete, expire, gc, compact, rebuild):
     store_app.command()(_change)
-store_app.command("measure", hidden=True)(measure)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from kvlink_core.fingerprint import Fingerprint
 from kvlink_core.store.catalog import Catalog
-from kvlink_core.store.lifecycle.delete import delete
-from kvlink_core.store.lifecycle.keeper import Progress, StoreKeeper, silent
+from kvlink_core.store.lifecycle import Progress, StoreKeeper, delete
+from kvlink_core.store.lifecycle.keeper import silent
 from kvlink_core.store.rows import CatalogRow
 from kvlink_core.store.storage import open_storage
 from kvlink_core.store.store import DocumentStore
@@ -60,6 +60,23 @@ class Figures:
     load_before: float
     load_after: float
     processors: int
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What each figure is, and the figure, for people."""
+        resident = "unknown" if self.resident_bytes is None else f"{self.resident_bytes:.0f} bytes"
+        return [
+            ("open", f"{self.open_s:.2f} s"),
+            ("memory a document, as computed", f"{self.index_bytes:.0f} bytes"),
+            ("memory a document, resident", resident),
+            (f"{DOCUMENTS} documents by id, median of {LOOKUPS}", f"{self.by_id:.2f} ms"),
+            (f"{DOCUMENTS} documents by id, 99th percentile", f"{self.by_id_p99:.2f} ms"),
+            (f"{DOCUMENTS} documents by tokens, median of {LOOKUPS}", f"{self.by_tokens:.2f} ms"),
+            (f"{DOCUMENTS} documents by tokens, 99th percentile", f"{self.by_tokens_p99:.2f} ms"),
+            ("refresh, nothing new", f"{self.refresh_nothing:.1f} ms"),
+            ("refresh, one row", f"{self.refresh_row:.1f} ms"),
+            ("refresh, a thousand rows", f"{self.refresh_thousand:.1f} ms"),
+            ("refresh, a document deleted", f"{self.refresh_deleted:.1f} ms"),
+        ]
 
 
 def measure(directory: Path, rows: int, progress: Progress = silent) -> Figures:
