@@ -23,6 +23,9 @@ _OPTIONS = {*_CREDENTIALS, *_CLIENT, "AWS_ALLOW_HTTP"}
 #: One request moves one connection's worth of bandwidth; larger ranges are fetched in parts of this size.
 _PART_BYTES = 16 * 2**20
 
+#: Requests under way at a time. A query of many documents is one round of them; botocore's own limit is ten.
+_CONNECTIONS = 128
+
 
 class S3Storage:
     """See ``Storage``."""
@@ -54,7 +57,12 @@ class S3Storage:
         self._fs: Any = s3fs.S3FileSystem(
             **{ours: options[name] for name, ours in _CREDENTIALS.items() if name in options},
             client_kwargs=client,
-            config_kwargs={"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 3}},
+            config_kwargs={
+                "connect_timeout": 5,
+                "read_timeout": 60,
+                "retries": {"max_attempts": 3},
+                "max_pool_connections": _CONNECTIONS,
+            },
             use_listings_cache=False,  # other writers add files
         )
 
