@@ -90,18 +90,18 @@ class Shard:
 def real_files(directory: Path) -> tuple[list[Shard], bytes, Path]:
     """Shards of every codec, a file of the catalog, and the store that it is from."""
     shards = []
-    for number, codec in enumerate(CODECS):
-        for dtype in ("float32", "bfloat16"):
-            fingerprint = replace(FINGERPRINT, dtype=dtype)
-            with DocumentStore.open(str(directory), fingerprint=fingerprint, create=True, codec=codec) as store:
+    for dtype in ("bfloat16", "float32"):
+        root, fingerprint = directory / dtype, replace(FINGERPRINT, dtype=dtype)
+        for number, codec in enumerate(CODECS):
+            with DocumentStore.open(str(root), fingerprint=fingerprint, create=True, codec=codec) as store:
                 caches = [make_cache(n, 10 * number + n, getattr(torch, dtype)) for n in (3, 6)]
                 rows = store.write_shard([("a", caches[0]), ("b", caches[1])])
                 store.commit(rows)
                 decoded = [c for c in store.load(rows) if isinstance(c, DocumentCache)]
-                data, copy = ((directory / d / rows[0].shard).read_bytes() for d in ("shards", "tokens"))
+                data, copy = ((root / d / rows[0].shard).read_bytes() for d in ("shards", "tokens"))
                 shards.append(Shard(data, rows, decoded, copy))
-    catalog = next(p for p in sorted(directory.glob("catalog/*/*/*.parquet"))).read_bytes()
-    return shards, catalog, directory
+    catalog = min(root.glob("catalog/*/*/*.parquet")).read_bytes()
+    return shards, catalog, root
 
 
 class Mutator:
@@ -368,12 +368,13 @@ class Fuzzer:
         lines[place] = self.mutate.text(lines[place].strip()) + b"\n"
         self._note(b"".join(lines))
         path.write_bytes(b"".join(lines))
-        row = self.shards[0].rows[0]
+        rows = self.shards[-1].rows
+        row = rows[0]
         try:
             catalog = Catalog(open_storage(str(self.directory)), row.namespace, row.fingerprint, row.codec)
             catalog.refresh()
             found = catalog.index.by_id(["a", "b"])
-            known = {r.document_id: r for r in self.shards[0].rows}
+            known = {r.document_id: r for r in rows}
             assert all(found[i] == known[i] for i in found), "another row"
             return "read" if found else "empty"
         except KVLinkError as error:

@@ -113,16 +113,22 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """A progress bar, as the library wants to be given one."""
-    with progress_bar() as bar:
-        tasks: dict[str, TaskID] = {}
+    """A progress bar, as the library wants to be given one. Where nothing progresses, none is shown."""
+    bar = progress_bar()
+    tasks: dict[str, TaskID] = {}
 
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:  # only then: quick work shows no bar
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
+    def show(what: str, done: int, total: int) -> None:
+        if not tasks:
+            bar.start()
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done, total=total)
 
+    try:
         yield show
+    finally:
+        if tasks:
+            bar.stop()
 
 
 def say(text: str, *, style: str | None = None) -> None:

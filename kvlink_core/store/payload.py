@@ -164,9 +164,9 @@ def parse_footer(shard: str, tail: bytes, size: int | None) -> Footer:
             raise FormatVersionError(f"shard {shard}: {error}") from error
         if dict(codec.params) != manifest.codec.params:  # a default may have been another when this was written
             raise PayloadCorruptError(f"shard {shard}: its codec's parameters are not all there")
-        chunks = read_chunks(footer[:-8], _columns(codec))
-        if len(chunks) != len(manifest.documents):
+        if metadata.num_row_groups != len(manifest.documents):  # before they are looked at, which takes time
             raise PayloadCorruptError(f"shard {shard}: not as many row groups as documents")
+        chunks = read_chunks(footer[:-8], _columns(codec))
         data_end = None if size is None else size - length
         text = pairs[FINGERPRINT_KEY].decode()
         return Footer(shard, metadata, chunks, manifest, codec, text, data_end, codec_spec(codec))

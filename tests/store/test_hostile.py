@@ -25,7 +25,9 @@ from kvlink_core.types import DocumentRef, Message
 TESTS = Path(__file__).parent.parent
 
 
-def harm(place: Place, store: DocumentStore, rows: list[CatalogRow], hostile: Hostile) -> CatalogRow:
+def harm(
+    place: Place, store: DocumentStore, rows: list[CatalogRow], hostile: Hostile, *, name_it: bool = True
+) -> CatalogRow:
     """Put the hostile file in the place of the first row's shard, or beside it and name it; returns the row."""
     good, other = (place.read(f"shards/{row.shard}") for row in rows)
     data = hostile.change(good, other)
@@ -34,7 +36,9 @@ def harm(place: Place, store: DocumentStore, rows: list[CatalogRow], hostile: Ho
         return rows[0]
     named = replace(rows[0], shard=parquet.name_of(data), created_at=rows[0].created_at + timedelta(seconds=1))
     place.write(f"shards/{named.shard}", data)
-    store._catalog.append([named])
+    place.write(f"tokens/{named.shard}", place.read(f"tokens/{rows[0].shard}"))
+    if name_it:
+        store._catalog.append([named])
     return named
 
 
@@ -119,14 +123,14 @@ with DocumentStore.open(url, fingerprint=FINGERPRINT, codec=codec) as store:
 def test_nothing_is_allocated_that_is_only_claimed(local: Place, codec: str) -> None:
     """Under a limit of 64 MiB more, every error is the one that it is without."""
     store = local.open(create=True, codec=codec)
-    expected = {}
+    expected, named = {}, []
     for number, (name, hostile) in enumerate(HOSTILE.items()):
         if hostile.codec == codec:
             caches = [make_cache(5, 100 + 2 * number), make_cache(5, 101 + 2 * number)]
-            rows = [store.write_shard([(name if i == 0 else f"{name}, the other", c)])[0] for i, c in enumerate(caches)]
-            store.commit(rows)
-            harm(local, store, rows, hostile)
+            rows = [store.write_shard([(name, cache)])[0] for cache in caches]
+            named.append(harm(local, store, rows, hostile, name_it=False))
             expected[name] = "DocumentCache" if hostile.error is None else hostile.error.__name__
+    store.commit(named)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, local.url, codec, str(64 * 2**20)],

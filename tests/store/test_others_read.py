@@ -8,6 +8,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from deltalake import DeltaTable
@@ -25,7 +26,8 @@ def files(local: Place) -> tuple[Path, list[str]]:
     store.commit(store.write_shard([("a", CACHES["a"]), ("b", CACHES["b"])]))
     store.commit(store.write_shard([("c", CACHES["c"])]))
     root = Path(local.url)
-    return root, DeltaTable(str(root / "catalog")).file_uris()
+    table = DeltaTable(str(root / "catalog"))
+    return root, [str(root / "catalog" / path) for path in pa.table(table.get_add_actions())["path"].to_pylist()]
 
 
 def numbers(value: bytes, tokens: int, dim: int) -> np.ndarray:
