@@ -1,7 +1,7 @@
 """Writes a shard's Parquet file: FORMAT.md section 2, and no more of Parquet than that needs.
 
 Not Arrow's writer, for one reason: it puts values wherever they fall, and numbers that do not begin at a multiple of
-their size have to be copied before they can be computed with. Here they begin at a multiple of ``ALIGNMENT``.
+their size have to be copied before they can be computed with. Here they begin at a multiple of eight bytes, or of two.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from kvlink_core.store.thrift import (
 
 MAGIC = b"PAR1"
 
-#: Where a page's first value begins, if its header can be made to fit: room for the largest numbers that are stored.
-ALIGNMENT = 8
+#: A page's first value begins at a multiple of the first of these for which its header can be made to fit.
+ALIGNMENTS = (8, 4, 2)
+ALIGNMENT = ALIGNMENTS[0]
 
 _LONGEST_NUMBER = 5  # bytes of a 32-bit number
 
@@ -157,13 +158,12 @@ class ShardWriter:
         plain = _header(count, size, (0, 0, 0))
         if not align:
             return plain
-        wanted = -(self._at + len(plain) + 4) % ALIGNMENT
-        spare = []
-        for number in (count, size, size):
-            here = min(wanted, _LONGEST_NUMBER - len(write_number(number)))
-            spare.append(here)
-            wanted -= here
-        return plain if wanted else _header(count, size, (spare[0], spare[1], spare[2]))
+        room = [_LONGEST_NUMBER - len(write_number(number)) for number in (count, size, size)]
+        beyond = self._at + len(plain) + 4
+        spare = next((s for a in ALIGNMENTS if (s := -beyond % a) <= sum(room)), 0)
+        first = min(spare, room[0])
+        second = min(spare - first, room[1])
+        return _header(count, size, (first, second, spare - first - second))
 
     def _write(self, *parts: bytes | memoryview) -> None:
         for part in parts:

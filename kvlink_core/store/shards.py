@@ -40,6 +40,13 @@ _TAIL_BYTES = 128 * 2**10
 _FOOTER_CACHE_BYTES = 32 * 2**20
 
 
+#: From this size of a document on, on average, several are read at the same time.
+_THREADS_FROM_BYTES = 2**20
+
+#: A shard and a row group of it.
+_Key = tuple[str, int]
+
+
 class FooterCache:
     """Footers by shard, least recently used out first. Safe to use from several threads.
 
@@ -105,28 +112,32 @@ class ShardReader:
     ) -> list[Loaded | PayloadError]:
         footers = self.footers(list(dict.fromkeys(row.shard for row in rows)))
         places = [self._place(footers[row.shard], row) for row in rows]
-        unique = list(dict.fromkeys(p for p in places if isinstance(p, Range)))
-        done: dict[Range, Loaded | PayloadError] = {}
-        row_of = dict(zip(places, rows, strict=True))
-        groups: dict[int, tuple[PayloadFile, list[Range]]] = {}  # by file, since one thread at a time may read it
-        for place, source in zip(unique, self._storage.open_ranges(unique), strict=True):
-            footer = footers[row_of[place].shard]
+        # By shard and row group, not by place in the file: row groups of a forged shard may lie in one place.
+        keys = [(row.shard, row.row_group) for row in rows]
+        wanted = {key: place for key, place in zip(keys, places, strict=True) if isinstance(place, Range)}
+        done: dict[_Key, Loaded | PayloadError] = {}
+        groups: dict[int, tuple[PayloadFile, list[_Key]]] = {}  # by file, since one thread at a time may read it
+        opened = self._storage.open_ranges(list(wanted.values()))
+        for key, source in zip(wanted, opened, strict=True):
+            footer = footers[key[0]]
             assert isinstance(footer, Footer)
             if isinstance(source, Exception):
-                done[place] = _unreadable(footer.shard, source)
+                done[key] = _unreadable(footer.shard, source)
             else:
-                groups.setdefault(id(source), (PayloadFile(source, footer), []))[1].append(place)
+                groups.setdefault(id(source), (PayloadFile(source, footer), []))[1].append(key)
 
-        def decode(group: tuple[PayloadFile, list[Range]]) -> None:
-            file, wanted = group
-            for place in wanted:
+        def decode(group: tuple[PayloadFile, list[_Key]]) -> None:
+            file, here = group
+            for key in here:
                 try:
-                    done[place] = read(file, row_of[place].row_group)
+                    done[key] = read(file, key[1])
                 except PayloadError as error:
-                    done[place] = error
+                    done[key] = error
 
-        list((self._pool.map if len(groups) > 1 else map)(decode, groups.values()))
-        return [done[p] if isinstance(p, Range) else p for p in places]
+        # Of small documents most of the work is Python's, of which threads do one at a time, and no faster.
+        large = sum(place.end - place.start for place in wanted.values()) > _THREADS_FROM_BYTES * len(wanted)
+        list((self._pool.map if large and len(groups) > 1 else map)(decode, groups.values()))
+        return [done[key] if isinstance(p, Range) else p for key, p in zip(keys, places, strict=True)]
 
     def _decode(self, file: PayloadFile, row_group: int) -> DocumentCache:
         document = read_document(file, row_group, verify=self._verify)

@@ -17,6 +17,7 @@ from store_places import FINGERPRINT, Place, make_cache, same
 
 from kvlink_core.encode import DocumentEncoder
 from kvlink_core.engine import SamplingParams
+from kvlink_core.errors import PayloadCorruptError, PayloadForeignError
 from kvlink_core.models import LoadedModel
 from kvlink_core.session import AnswerRequest, Session
 from kvlink_core.store import CatalogRow, DocumentStore
@@ -56,6 +57,32 @@ def test_each_gives_its_error(local: Place, name: str) -> None:
         assert same(other, caches[1])  # one bad payload harms no other
         tokens, _ = reader.token_ids([replace(rows[0]), rows[1]])
         assert tokens == caches[0].token_ids.tolist()
+
+
+def test_two_row_groups_in_one_place(local: Place) -> None:
+    """Found by the fuzzer: the document that is really there was served for both."""
+    store = local.open(create=True)
+    caches = [make_cache(5, 1), make_cache(5, 2)]
+    rows = store.write_shard(list(zip("ab", caches, strict=True)))
+    good = local.read(f"shards/{rows[0].shard}")
+    tree, _ = parquet.read_struct(parquet.footer_of(good))
+    groups = parquet.get(tree, 4)[1]
+    groups[0] = groups[1]
+    data = parquet.with_footer(good, parquet.write_struct(tree))
+    local.write(f"shards/{parquet.name_of(data)}", data)
+    first, second = store.load([replace(row, shard=parquet.name_of(data)) for row in rows])
+    assert type(first) is PayloadCorruptError
+    assert same(second, caches[1])
+
+
+def test_a_foreign_row_beside_ours(local: Place) -> None:
+    """Who asks for one document by two rows gets it for the right one alone."""
+    store = local.open(create=True)
+    (row,) = store.write_shard([("a", make_cache(5, 1))])
+    wrong = [replace(row, codec="int8"), replace(row, tokens=6), replace(row, token_digest="0" * 64)]
+    for rows in ([row, *wrong], [*wrong, row]):
+        found = store.load(rows)
+        assert [type(f) is PayloadForeignError for f in found] == [r is not row for r in rows]
 
 
 @pytest.fixture(scope="module")
