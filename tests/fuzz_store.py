@@ -173,7 +173,10 @@ class Mutator:
                 return self.bytes(data)
             case 1:
                 return data.replace(b"{", b'{"a":' * self.chance.choice((1, 200, 20_000)), 1)
-        return json.dumps(self.json(json.loads(data))).encode()
+        try:
+            return json.dumps(self.json(json.loads(data))).encode()
+        except ValueError:  # it was changed before
+            return self.bytes(data)
 
     def struct(self, fields: parquet.Struct) -> None:
         """Change one place in a Thrift structure."""

@@ -138,7 +138,8 @@ def run(
         def start(role: str, name: str) -> subprocess.Popen[bytes]:
             command = [sys.executable, __file__, "--role", role, "--name", name, "--notes", scratch, "--store", url]
             command += ["--options", json.dumps(dict(options))]
-            process = subprocess.Popen(command, env=environment, stderr=(directory / f"errors-{name}").open("wb"))
+            with (directory / f"errors-{name}").open("wb") as errors:
+                process = subprocess.Popen(command, env=environment, stderr=errors)
             stack.callback(process.wait)
             stack.callback(process.kill)
             return process
