@@ -197,7 +197,9 @@ def tensor_of(data: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) ->
     needed = math.prod(shape) * dtype.itemsize
     if data.numel() != needed:
         raise PayloadCorruptError(f"{data.numel()} bytes for a tensor {list(shape)} that needs {needed}")
-    aligned = data.data_ptr() % dtype.itemsize == 0 and (data.ndim == 1 or data.stride(0) % dtype.itemsize == 0)
-    if not aligned:  # torch would read it on this processor, but nothing promises that it may
+    item = dtype.itemsize
+    if (
+        data.data_ptr() % item or data.storage_offset() % item or (data.ndim > 1 and data.stride(0) % item)
+    ):  # torch would read it on this processor, but nothing promises that it may
         data = packed(data) if data.ndim > 1 else torch.from_numpy(data.numpy().copy())
     return data.view(dtype).view(shape)

@@ -28,6 +28,15 @@ def checksum(data: torch.Tensor) -> str:
     return running.hexdigest()
 
 
+def checksum_of_run(data: memoryview, values: Run) -> str:
+    """The same of values where they lie; for many short ones in a third of the time."""
+    running = xxhash.xxh3_128()
+    step = values.length + values.gap
+    for begin in range(values.begin, values.begin + values.count * step, step):
+        running.update(data[begin : begin + values.length])
+    return running.hexdigest()
+
+
 def tensor_of_buffer(buffer: pa.Buffer) -> torch.Tensor:
     """A uint8 view of ``buffer`` that keeps it alive. Never to be written to.
 
@@ -38,16 +47,13 @@ def tensor_of_buffer(buffer: pa.Buffer) -> torch.Tensor:
     return torch.utils.dlpack.from_dlpack(pa.Array.from_buffers(pa.uint8(), buffer.size, [None, buffer]))
 
 
-def column_of_values(data: pa.Buffer, values: Run | Sequence[tuple[int, int]]) -> EncodedColumn:
-    """The column whose values lie in ``data``: a run as it lies there, others copied together."""
+def column_of_values(whole: torch.Tensor, values: Run | Sequence[tuple[int, int]]) -> EncodedColumn:
+    """The column whose values lie in uint8 ``[n]``: a run as it lies there, others copied together."""
     if isinstance(values, Run):
-        lengths = (values.length,) * values.count
-        if not values.length:
-            return EncodedColumn(torch.empty(0, dtype=torch.uint8), lengths)
-        whole = tensor_of_buffer(data.slice(values.begin, values.count * (values.length + values.gap) - values.gap))
-        return EncodedColumn(whole.as_strided((values.count, values.length), (values.length + values.gap, 1)), lengths)
+        shape, strides = (values.count, values.length), (values.length + values.gap, 1)
+        return EncodedColumn(whole.as_strided(shape, strides, values.begin), (values.length,) * values.count)
     lengths = tuple(end - begin for begin, end in values)
-    view, joined, at = memoryview(data), np.empty(sum(lengths), dtype=np.uint8), 0
+    view, joined, at = whole.numpy(), np.empty(sum(lengths), dtype=np.uint8), 0
     for begin, end in values:
         joined[at : at + end - begin] = view[begin:end]
         at += end - begin

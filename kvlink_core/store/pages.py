@@ -189,8 +189,8 @@ def _values(data: memoryview, page: Page) -> Iterator[tuple[int, int]]:
         raise PayloadCorruptError("values do not fill their page")
 
 
-def read_only_value(data: memoryview, pages: Sequence[Page]) -> memoryview:
-    """The value of an optional binary column of which the first alone is not null.
+def read_only_value(data: memoryview, pages: Sequence[Page]) -> tuple[int, int]:
+    """Begin and end of the value of an optional binary column of which the first alone is not null.
 
     Raises ``PayloadCorruptError`` for anything else.
     """
@@ -203,7 +203,7 @@ def read_only_value(data: memoryview, pages: Sequence[Page]) -> memoryview:
         found += _values(data, Page(begin, page.end, int(number == 0)))
     if not found:
         raise PayloadCorruptError("there are no token ids")
-    return data[slice(*found[0])]
+    return found[0]
 
 
 @functools.lru_cache(1024)

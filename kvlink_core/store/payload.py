@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import IO
 
 import pyarrow as pa
@@ -22,7 +22,7 @@ from kvlink_core.errors import (
     UnknownCodecError,
 )
 from kvlink_core.fingerprint import token_bytes, token_digest
-from kvlink_core.store.buffers import checksum, column_of_values, tokens_of_bytes
+from kvlink_core.store.buffers import checksum, checksum_of_run, column_of_values, tensor_of_buffer, tokens_of_bytes
 from kvlink_core.store.manifest import (
     FINGERPRINT_KEY,
     FORMAT_KEY,
@@ -34,8 +34,8 @@ from kvlink_core.store.manifest import (
     parse_manifest,
     shard_name,
 )
-from kvlink_core.store.pages import Chunk, Page, data_pages, read_chunks, read_only_value, read_values
-from kvlink_core.store.parquet import MAGIC, ShardWriter
+from kvlink_core.store.pages import Chunk, Run, data_pages, read_chunks, read_only_value, read_values
+from kvlink_core.store.parquet import ALIGNMENT, MAGIC, ShardWriter
 from kvlink_core.store.rows import CatalogRow
 
 MAX_FOOTER_BYTES = 64 * 2**20
@@ -51,6 +51,14 @@ _CHUNK_SLACK, _VALUE_SLACK = 1024, 64
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the values of a document are, from the beginning of what ``PayloadFile.read`` returns."""
+
+    token_ids: tuple[int, int]
+    columns: Sequence[Run | Sequence[tuple[int, int]]]
+
+
+@dataclass(frozen=True, slots=True)
 class Footer:
     """The parsed end of a shard, checked against the shard's name. Immutable, so it can be kept and shared."""
 
@@ -63,6 +71,7 @@ class Footer:
     data_end: int | None  # where the footer begins, so where data must end; None when the size is not known
     spec: str  # the codec with its parameters, as rows name it
     places: dict[int, tuple[int, int]] = field(default_factory=dict, compare=False)  # what ``locate`` has accepted
+    layouts: dict[int, Layout] = field(default_factory=dict, compare=False)  # what ``read_document`` has found
 
 
 def write_payload(
@@ -101,18 +110,27 @@ def _columns(codec: Codec) -> list[str]:
     return ["layer", "token_ids", *codec.columns]
 
 
-@contextmanager
-def corrupt(shard: str) -> Iterator[None]:
-    """Turn whatever reading a hostile or damaged file may raise into ``PayloadCorruptError``."""
-    try:
-        yield
-    except PayloadError:
-        raise
-    # Broad on purpose: given wrong bytes, Arrow raises ArrowInvalid, OSError, OverflowError, MemoryError,
-    # NotImplementedError, UnicodeDecodeError and more. All mean one thing here: these bytes are not to be served.
-    except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        raise PayloadCorruptError(f"shard {shard}: {type(error).__name__}: {text}") from error
+class corrupt:  # used as a statement: with corrupt(shard)
+    """Turn whatever reading a hostile or damaged file may raise into ``PayloadCorruptError``.
+
+    Broad on purpose: given wrong bytes, libraries raise ArrowInvalid, OSError, OverflowError, MemoryError,
+    NotImplementedError, UnicodeDecodeError and more. All mean one thing here: these bytes are not to be served.
+    """
+
+    __slots__ = ("_shard",)
+
+    def __init__(self, shard: str) -> None:
+        self._shard = shard
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, PayloadError):
+            text = " ".join(str(error).split())[:200]
+            raise PayloadCorruptError(f"shard {self._shard}: {type(error).__name__}: {text}") from error
 
 
 def footer_length(tail: bytes, shard: str, size: int | None) -> int:
@@ -226,45 +244,56 @@ class PayloadFile:
         self._source = source
 
     def read(self, row_group: int, last: int) -> pa.Buffer:
-        """The bytes of a row group that ``locate`` has accepted, from its token ids up to column ``last``; no copy."""
-        chunks = self.footer.chunks[row_group]
-        begin, end = chunks[_TOKENS].begin, chunks[last].end
+        """The bytes of a row group that ``locate`` has accepted, from ``_origin`` up to column ``last``; no copy."""
+        begin, end = self._origin(row_group), self.footer.chunks[row_group][last].end
         self._source.seek(begin)
         data = self._source.read_buffer(end - begin)
         if data.size != end - begin:
             raise PayloadCorruptError(f"shard {self.footer.shard} ends within row group {row_group}")
         return data
 
-    def pages(self, data: memoryview, row_group: int, column: int) -> list[Page]:
-        """The pages of a column, in what ``read`` returned. Raises ``PayloadCorruptError``."""
-        chunk, origin = self.footer.chunks[row_group][column], self.footer.chunks[row_group][_TOKENS].begin
-        return data_pages(data, chunk.begin - origin, chunk.end - origin, chunk.values)
+    def layout(self, data: memoryview, row_group: int, last: int) -> Layout:
+        """Where the values are in what ``read`` returned. Raises ``PayloadCorruptError``."""
+        origin, chunks = self._origin(row_group), self.footer.chunks[row_group]
+        pages = [data_pages(data, c.begin - origin, c.end - origin, c.values) for c in chunks[_TOKENS : last + 1]]
+        return Layout(read_only_value(data, pages[0]), [read_values(data, p) for p in pages[1:]])
+
+    def _origin(self, row_group: int) -> int:
+        begin = self.footer.chunks[row_group][_TOKENS].begin
+        return begin - begin % ALIGNMENT  # so that what is aligned in the file is so in the memory that it comes in
 
 
 def read_document(file: PayloadFile, row_group: int, *, verify: bool) -> EncodedDocument:
     """Read one document that ``locate`` has accepted. What the codec can take as it lies there is not copied.
 
+    Where the values are is looked at once: shards do not change, and what is found there is checked each time.
+
     Raises ``PayloadCorruptError`` for wrong lengths, token ids that are not those of the digest, and, with ``verify``,
     bytes that do not match their checksum.
     """
     footer = file.footer
-    entry = footer.manifest.documents[row_group]
     with corrupt(footer.shard):
         names = footer.codec.columns
+        entry = footer.manifest.documents[row_group]
         buffer = file.read(row_group, _TOKENS + len(names))
         data = memoryview(buffer)
-        token_ids = _token_ids(read_only_value(data, file.pages(data, row_group, _TOKENS)), entry)
+        layout = footer.layouts.get(row_group) or file.layout(data, row_group, _TOKENS + len(names))
+        token_ids = _token_ids(data, layout, entry)
+        whole = tensor_of_buffer(buffer)
         columns: dict[str, EncodedColumn] = {}
-        for number, name in enumerate(names, start=_TOKENS + 1):
-            values = read_values(data, file.pages(data, row_group, number))
-            columns[name] = column = column_of_values(buffer, values)
+        for name, values in zip(names, layout.columns, strict=True):
+            columns[name] = column = column_of_values(whole, values)
             stated = entry.columns[name]
             if column.data.numel() != stated.bytes:
                 raise PayloadCorruptError(f"{column.data.numel()} bytes in column {name!r}, not {stated.bytes}")
-            if verify and checksum(column.data) != stated.checksum:
+            # Of what is served: the values where they lie, or the copy that was made of them.
+            if verify and stated.checksum != (
+                checksum_of_run(data, values) if isinstance(values, Run) else checksum(column.data)
+            ):
                 raise PayloadCorruptError(
                     f"shard {footer.shard}: column {name!r} of row group {row_group} does not match its checksum"
                 )
+        footer.layouts[row_group] = layout
         return EncodedDocument(footer.manifest.shape(entry), token_ids, columns, entry.params)
 
 
@@ -272,12 +301,12 @@ def read_token_ids(file: PayloadFile, row_group: int) -> list[int]:
     """Only the token ids of one document, checked against its digest. Raises ``PayloadCorruptError``."""
     with corrupt(file.footer.shard):
         data = memoryview(file.read(row_group, _TOKENS))
-        value = read_only_value(data, file.pages(data, row_group, _TOKENS))
-        return _token_ids(value, file.footer.manifest.documents[row_group]).tolist()
+        layout = file.layout(data, row_group, _TOKENS)
+        return _token_ids(data, layout, file.footer.manifest.documents[row_group]).tolist()
 
 
-def _token_ids(value: memoryview, entry: DocumentEntry) -> torch.Tensor:
-    data = bytes(value)
-    if len(data) != 4 * entry.tokens or token_digest(data) != entry.token_digest:
+def _token_ids(data: memoryview, layout: Layout, entry: DocumentEntry) -> torch.Tensor:
+    ids = bytes(data[slice(*layout.token_ids)])
+    if len(ids) != 4 * entry.tokens or token_digest(ids) != entry.token_digest:
         raise PayloadCorruptError("the token ids do not match their digest")
-    return tokens_of_bytes(data)
+    return tokens_of_bytes(ids)
