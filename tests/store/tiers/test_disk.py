@@ -177,7 +177,7 @@ def test_a_file_that_is_being_read_is_not_removed(raw: DocumentStore, directory:
 def test_what_would_be_larger_than_said_is_not_kept(raw: DocumentStore, tier: DiskTier, directory: Path) -> None:
     (document,) = raw.load_encoded([raw.lookup(["d7"])["d7"]])
     row = raw.lookup(["d7"])["d7"]
-    big = replace(document, columns={n: replace(c, data=c.data.repeat(5), lengths=c.lengths * 5) for n, c in document.columns.items()})  # type: ignore[type-var]  # fmt: skip  # noqa: E501
+    big = replace(document, columns={n: replace(c, data=c.data.flatten().repeat(5), lengths=c.lengths * 5) for n, c in document.columns.items()})  # type: ignore[type-var]  # fmt: skip  # noqa: E501
     assert not tier.put(CacheKey.of(row), row.nbytes, lambda file: file.write(big.columns["k"].data.numpy()) and "x")  # type: ignore[union-attr,func-returns-value,return-value]
     assert (tier.stats.nbytes, list(directory.rglob("*.parquet"))) == (0, [])
     assert put(tier, raw, row)
