@@ -23,6 +23,8 @@ LOAD_UNCHECKED, LOAD, LOAD_USED = "load, not verified", "load", "load, copied"
 #: Each way, and the one that it is held against.
 AGAINST = {LOAD_UNCHECKED: READ, LOAD: READ, READ_CHECKED: READ, READ_USED: READ, LOAD_USED: READ_USED}
 
+_KINDS = ("seconds", "processor")
+
 
 @dataclass(frozen=True, slots=True)
 class ReadingCase:
@@ -69,24 +71,30 @@ class Reading:
         case: the documents.
         nbytes: of all of them.
         seconds: of each counted run, by way; ``AGAINST`` names the ways.
+        processor: seconds of processor time of each, the system's included: what is left of noise by others.
         medians, ratios: seconds, and how many times as fast as the way that it is held against.
+        processor_medians, processor_ratios: the same of processor time.
     """
 
     case: ReadingCase
     nbytes: int
     seconds: dict[str, list[float]]
+    processor: dict[str, list[float]]
     medians: dict[str, float] = field(init=False)
     ratios: dict[str, float] = field(init=False)
+    processor_medians: dict[str, float] = field(init=False)
+    processor_ratios: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
-        medians = {way: statistics.median(times) for way, times in self.seconds.items()}
-        object.__setattr__(self, "medians", medians)
-        # Runs alternate, so each is held against its neighbour: what disturbs the machine disturbs both.
-        ratios = {
-            way: statistics.median(b / a for a, b in zip(self.seconds[way], self.seconds[other], strict=True))
-            for way, other in AGAINST.items()
-        }
-        object.__setattr__(self, "ratios", ratios)
+        for prefix, runs in (("", self.seconds), ("processor_", self.processor)):
+            medians = {way: statistics.median(times) for way, times in runs.items()}
+            # Runs alternate, so each is held against its neighbour: what disturbs the machine disturbs both.
+            ratios = {
+                way: statistics.median(b / a for a, b in zip(runs[way], runs[other], strict=True))
+                for way, other in AGAINST.items()
+            }
+            object.__setattr__(self, f"{prefix}medians", medians)
+            object.__setattr__(self, f"{prefix}ratios", ratios)
 
 
 def measure_reading(directory: Path, cases: Sequence[ReadingCase], repeats: int, progress: Progress) -> list[Reading]:
@@ -141,17 +149,17 @@ def _measure(directory: Path, case: ReadingCase, repeats: int, progress: Progres
             repeats,
             lambda way, done, total: progress(f"{case.name}: {way}", done, total),
         )
-    seconds = {way: [run["s"] for run in counted] for way, counted in runs.items()}
-    return Reading(case, case.documents * case.nbytes, seconds)
+    seconds, processor = ({way: [run[kind] for run in counted] for way, counted in runs.items()} for kind in _KINDS)
+    return Reading(case, case.documents * case.nbytes, seconds, processor)
 
 
 def _timed(call: Callable[[], object]) -> Callable[[], dict[str, float]]:
     def run() -> dict[str, float]:
-        started = time.perf_counter()
+        started = time.perf_counter(), time.process_time()
         result = call()
-        took = time.perf_counter() - started
+        ended = time.perf_counter(), time.process_time()
         del result  # freeing it is not timed
-        return {"s": took}
+        return {kind: end - start for kind, start, end in zip(_KINDS, started, ended, strict=True)}
 
     return run
 

@@ -43,15 +43,15 @@ def bench_store(
         catalog = measure(Path(scratch) / "catalog", rows, progress) if rows else None
     if found:
         table = Table(title=f"reading, medians of {repeats}", title_justify="left")
-        for column in ("documents", "of", "way", "ms", "ms a document", "GB/s", "x read()"):
+        for column in ("documents", "of", "way", "ms", "GB/s", "x read()", "CPU ms", "x read(), CPU"):
             table.add_column(column, justify="left" if column in ("documents", "way") else "right")
         for item in found:
             for way, seconds in item.medians.items():
-                ratio = f"{item.ratios[way]:.2f}" if way in item.ratios else ""
+                ratios = [f"{r[way]:.2f}" if way in r else "" for r in (item.ratios, item.processor_ratios)]
                 table.add_row(
                     f"{item.case.documents}, {item.case.name}", f"{item.case.nbytes / 2**20:.2f} MiB", way,
-                    f"{1e3 * seconds:.2f}", f"{1e3 * seconds / item.case.documents:.3f}",
-                    f"{item.nbytes / seconds / 1e9:.1f}", ratio,
+                    f"{1e3 * seconds:.2f}", f"{item.nbytes / seconds / 1e9:.1f}", ratios[0],
+                    f"{1e3 * item.processor_medians[way]:.2f}", ratios[1],
                 )  # fmt: skip
             table.add_section()
         show(table)
