@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from store_places import Place, same
+from store_places import FINGERPRINT, Place, same
 
 from kvlink_core.store import CatalogRow, DocumentStore
 from kvlink_core.store.lifecycle import Scope, StoreKeeper, list_documents, verify
@@ -41,7 +41,8 @@ def check(place: Place, expected: Mapping[str, DocumentCache], namespace: str = 
         assert {r.document_id for r in found} == set(expected)
         verified = verify(keeper)
         assert verified.problems == []
-    with DocumentStore.open(place.url, namespace=namespace, storage_options=place.options) as reader:
+    whose = None if expected else FINGERPRINT  # a store that never held anything does not know
+    with DocumentStore.open(place.url, fingerprint=whose, namespace=namespace, storage_options=place.options) as reader:
         rows = reader.lookup(expected)
         assert list(rows) == list(expected)
         loaded = reader.load(list(rows.values()))

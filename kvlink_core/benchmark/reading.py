@@ -135,9 +135,9 @@ def _measure(directory: Path, case: ReadingCase, repeats: int, progress: Progres
             found, at = _sound(store, rows), 0
             for cache in found:
                 for tensor in (cache.keys, cache.values):
-                    for layer in tensor:
-                        space[at : at + layer.nbytes] = layer.reshape(-1).view(torch.uint8).numpy()
-                        at += layer.nbytes
+                    data = tensor.view(torch.uint8).numpy()
+                    space[at : at + data.size].reshape(data.shape)[...] = data
+                    at += data.size
             return found
 
         ways: dict[str, Callable[[], object]] = {

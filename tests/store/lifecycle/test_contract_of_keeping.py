@@ -62,9 +62,11 @@ def test_a_life(place: Place) -> None:
 
     with keeping(place) as keeper:
         planned = compact(keeper)
-        assert (planned.before, planned.after, planned.documents, planned.dead) == (4, 1, 5, 2)
+        # The first shard has no living document any more: nothing of it moves, and it is for `gc` alone.
+        assert (planned.before, planned.after, planned.documents, planned.dead) == (3, 1, 5, 0)
         assert len(place.names("shards")) == 5
         assert replace(compact(keeper, dry_run=False), done=False) == planned
+        keeper.catalog.refresh()
         version = keeper.catalog.version
         assert compact(keeper, dry_run=False).before == 0
         keeper.catalog.refresh()
@@ -111,7 +113,8 @@ def test_a_life(place: Place) -> None:
 def test_an_empty_store(place: Place) -> None:
     place.open(create=True)
     with keeping(place) as keeper:
-        version = keeper.catalog.read() and keeper.catalog.version
+        assert len(keeper.catalog.read()) == 0
+        version = keeper.catalog.version
         assert list_documents(keeper, OURS).total == 0
         assert stats(keeper).total.documents == 0
         assert verify(keeper).sound
