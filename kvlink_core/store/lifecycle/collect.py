@@ -12,6 +12,7 @@ from datetime import timedelta
 import numpy as np
 
 from kvlink_core.errors import ConfigError, PayloadError, StoreUnavailableError
+from kvlink_core.store.catalog import DIRECTORY
 from kvlink_core.store.lifecycle.keeper import Progress, StoreKeeper, silent
 from kvlink_core.store.lifecycle.rows import Rows
 from kvlink_core.store.lifecycle.table import ALL, Edit, is_catalog_file
@@ -233,7 +234,8 @@ def _remove(named: _Named, names: Sequence[str], before: float) -> list[str]:
 def _clean_catalog(keeper: StoreKeeper, hours: int, *, dry_run: bool) -> list[str]:
     """Remove files that left the table, and those of writers that died before their commit; returns their paths."""
     catalog = keeper.catalog
-    left = catalog.vacuum(hours, dry_run=True)
+    there = {e.path.removeprefix(f"{DIRECTORY}/") for e in keeper.storage.entries(DIRECTORY)}
+    left = [p for p in catalog.vacuum(hours, dry_run=True) if p in there]  # Delta's log names those removed before, too
     if left and not dry_run:
         catalog.vacuum(hours, dry_run=False)
     # What no commit mentions may still be committed, so an hour at least, whatever the grace period.
