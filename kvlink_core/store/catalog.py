@@ -14,6 +14,7 @@ from deltalake.exceptions import CommitFailedError, TableNotFoundError
 
 from kvlink_core.errors import StoreNotFoundError, StoreUnavailableError
 from kvlink_core.store.columns import binary_of_hex, read_rows
+from kvlink_core.store.freeing import release_free_memory
 from kvlink_core.store.index import INDEX_SCHEMA, CatalogIndex
 from kvlink_core.store.rows import CatalogRow
 from kvlink_core.store.storage import Storage, unavailable
@@ -150,7 +151,7 @@ class Catalog:
         self._index.change(tables, [self._files[path] for path in removed])
         if sum(table.num_rows for table in tables.values()) >= _MANY_ROWS:
             del tables
-            pa.default_memory_pool().release_unused()
+            release_free_memory()
         self._files = {p: n for p, n in self._files.items() if p not in removed} | numbers
         self._numbered += len(added)
         return True
