@@ -62,8 +62,6 @@ def open_dataset(
         assert path is not None
         examples = _of_file(path, Source(path, evidence), shape, left_out)
     for number, example in enumerate(examples):
-        if limit is not None and len(found) == limit:
-            break
         shaped = shape.apply(example)
         if isinstance(shaped, str):
             left_out[shaped] += 1
@@ -73,6 +71,8 @@ def open_dataset(
             identity = f"{identity}~{number}"  # told apart by its number: the same question twice is still two
         seen.add(identity)
         found.append(replace(shaped, id=identity, task=task or shaped.task))
+        if len(found) == limit:
+            break
     if not found:
         why = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise CorpusError(f"{source} has no question to ask{f' (left out: {why})' if why else ''}.")

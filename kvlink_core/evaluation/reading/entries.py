@@ -136,7 +136,7 @@ class _Stream:
         while self.peek() not in ("]", ""):
             where = f"{self._path}, line {self._line_at()}"
             yield Entry(self._value(), where)
-            if not self._take(",") and self.peek() != "]":
+            if not self._take(",") and self.peek() not in ("]", ""):
                 raise CorpusError(
                     f"{self._path}, line {self._line_at()}: not JSON: neither ',' nor ']' behind an entry."
                 )

@@ -114,7 +114,7 @@ def _squad(entry: Fields, source: Source) -> Iterator[Example]:
     for paragraph in entry.objects("paragraphs"):
         document = _document(0, paragraph.text("context"), title.replace("_", " ") if title else None)
         for qa in paragraph.objects("qas"):
-            answers = tuple(dict.fromkeys(a.text("text") for a in qa.objects("answers")))
+            answers = tuple(a.text("text") for a in qa.objects("answers"))
             if not answers:
                 source.left_out.append("unanswerable")
                 continue
@@ -125,7 +125,7 @@ def _trivia(entry: Fields, source: Source) -> Iterator[Example]:
     """TriviaQA: texts are files of its ``evidence`` folder, or the descriptions of search results without it."""
     answer = entry.inside("Answer")
     value = [answer.text("Value")] if answer.has("Value") else []
-    answers = tuple(dict.fromkeys([*value, *(answer.texts("Aliases") if answer.has("Aliases") else ())]))
+    answers = (*value, *(answer.texts("Aliases") if answer.has("Aliases") else ()))
     found: list[Document] = []
     for name, folder in (("EntityPages", "wikipedia"), ("SearchResults", "web")):
         for page in entry.objects(name) if entry.has(name) else ():
@@ -144,7 +144,7 @@ def _trivia_columns(entry: Fields, source: Source) -> Iterator[Example]:
             found.append(_document(len(found), row.text(column, blank=True), row.maybe("title")))
     answer = entry.inside("answer")
     aliases = answer.texts("aliases") if answer.has("aliases") else ()
-    yield _example(entry, found, tuple(dict.fromkeys((answer.text("value"), *aliases))), ())
+    yield _example(entry, found, (answer.text("value"), *aliases), ())
 
 
 def _news(entry: Fields, source: Source) -> Iterator[Example]:
@@ -209,7 +209,8 @@ def _example(
     if kind is None:
         kind = entry.identity("kind", "type") or _hops(name) or gold_kind(at)
     question = entry.text("Question" if entry.has("Question") else "question")
-    return Example(name, question, tuple(documents[i] for i in kept), answers, at, kind, "qa", continuation)
+    documents_kept = tuple(documents[i] for i in kept)
+    return Example(name, question, documents_kept, tuple(dict.fromkeys(answers)), at, kind, "qa", continuation)
 
 
 def _summary(entry: Fields, documents: list[Document], summary: str, question: str) -> Example:
