@@ -1,0 +1,281 @@
+"""The grid: what rows hold, what going on after an end gives, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import save_tiny
+
+from kvlink_core.engine import SamplingParams
+from kvlink_core.errors import ConfigError, InputError
+from kvlink_core.evaluation import asking, encodings
+from kvlink_core.evaluation.examples import Example
+from kvlink_core.evaluation.grid import contenders, expand
+from kvlink_core.evaluation.records import Row, RunDirectory, read_config, read_rows
+from kvlink_core.models import load_model
+from kvlink_core.session import AnswerRequest, Session
+from kvlink_core.types import Document, Message
+
+Evaluate = Callable[..., Path]
+
+CLOCKED = ("ttft_s", "decode_s")
+
+
+def without_clocks(rows: list[Row]) -> list[dict[str, Any]]:
+    return [row.model_dump(exclude=set(CLOCKED)) for row in rows]
+
+
+class Killed(BaseException):
+    """As a signal comes: between two statements, and no handler of ours catches it."""
+
+
+def test_every_question_under_every_cell(evaluate: Evaluate, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Answers are those of a session with the same linker; raw caches change nothing."""
+    rows = read_rows(evaluate(tmp_path / "run"))
+    assert len(rows) == 5 * 7
+    first = [row for row in rows if row.id == "q2"]
+    assert [(row.linker, row.codec) for row in first] == [
+        ("full", ""),
+        *[(linker, codec) for linker in ("reposition", "link-tokens", "epic:k=2") for codec in ("raw", "int8")],
+    ]
+    session = Session(load_model(str(tiny_model_dir)))
+    documents = [Document("", t) for t in ("it rains", "no news today", "blue skies over here", "the cat sat")]
+    for row in first:
+        if row.codec in ("", "raw"):
+            request = AnswerRequest([Message("user", "what 2?")], documents, row.linker, SamplingParams(max_tokens=6))
+            answer = session.start(request)
+            assert row.answer == answer.text()
+            assert (row.prompt_tokens, row.scores.keys()) == (answer.usage.prompt_tokens, {"em", "f1", "exact"})
+        assert (row.kl is None) == (row.linker == "full")
+        assert row.ttft_s is not None
+        assert row.ttft_s > 0
+        assert row.kind == "even"
+    raw, int8 = (next(r for r in first if (r.linker, r.codec) == ("epic:k=2", codec)) for codec in ("raw", "int8"))
+    assert raw.kl is not None
+    assert int8.kl is not None
+    assert 0 < raw.kl != int8.kl
+    assert 0 < int8.stored_bytes < raw.stored_bytes == 8 * 4 * 2 * 3 * 2 * raw.document_tokens
+
+
+def test_what_is_full_prefill_is_as_close_as_can_be(evaluate: Evaluate, tmp_path: Path) -> None:
+    """The identities of docs/linkers.md: EPIC that computes whole documents, CacheBlend that computes all."""
+    linkers = ("epic:k=99", "cacheblend:ratio=1")
+    rows = read_rows(evaluate(tmp_path / "run", linkers=linkers, codecs=["raw"]))
+    full = {row.id: row for row in rows if row.linker == "full"}
+    for row in rows:
+        if row.linker != "full":
+            assert row.kl is not None
+            assert row.kl < 1e-8
+            assert row.top1 == 1
+            assert (row.answer, row.tokens) == (full[row.id].answer, full[row.id].tokens)
+            assert row.nll == pytest.approx(full[row.id].nll, abs=1e-4)
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"model":"ti', b'{"model":"tiny","linker":"full"}\n'])
+def test_a_killed_run_goes_on_and_equals_one_that_was_not(
+    evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bytes
+) -> None:
+    """Killed after two questions, in the middle of a line or of a question perhaps; with little memory, too."""
+    whole = read_rows(evaluate(tmp_path / "whole"))
+
+    def kill(done: int) -> None:
+        if done == 2:
+            raise Killed
+
+    out = tmp_path / "killed"
+    with pytest.raises(Killed):
+        evaluate(out, after=kill)
+    assert len(read_rows(out)) == 2 * 7
+    if torn.endswith(b"\n"):  # the first row of a question that was being written
+        torn = (out / "answers.jsonl").read_bytes().splitlines(keepends=True)[0].replace(b'"q0"', b'"q2"')
+    with (out / "answers.jsonl").open("ab") as file:
+        file.write(torn)
+    assert len(read_rows(out)) == 2 * 7
+    asked: list[str] = []
+    rows_of = asking.Asking.rows
+    monkeypatch.setattr(asking.Asking, "rows", lambda self, q: (asked.append(q.example.id), rows_of(self, q))[1])
+    evaluate(out)
+    assert asked == ["q2", "q3", "q4"]
+    assert without_clocks(read_rows(out)) == without_clocks(whole)
+    evaluate(out)
+    assert asked == ["q2", "q3", "q4"]  # nothing is left to ask
+
+
+def test_each_distinct_document_is_encoded_once(
+    evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[tuple[int, ...]] = []
+    encode = encodings.DocumentEncoder.encode
+    monkeypatch.setattr(
+        encodings.DocumentEncoder,
+        "encode",
+        lambda self, documents: (encoded.extend(map(tuple, documents)), encode(self, documents))[1],
+    )
+    evaluate(tmp_path / "run")
+    assert len(encoded) == len(set(encoded)) == 5
+
+
+def test_memory_that_is_too_small_changes_nothing(tiny_model_dir: Path) -> None:
+    """What had to be given up is encoded again, with the same documents beside it."""
+    model = load_model(str(tiny_model_dir))
+    documents = [bytes([65 + i, 0, 0, 0] * (3 + i)) for i in range(6)]
+    large, small = (encodings.Encodings(model, most_bytes=size, max_batch_tokens=16) for size in (2**30, 1))
+    for each in (large, small):
+        each.plan(documents[:4])
+        each.plan(documents[2:])
+    for pair in ([0, 5], [5, 0], [1, 2], [0, 4], [3, 3]):
+        for one, other in zip(*(e.caches([documents[i] for i in pair]) for e in (large, small)), strict=True):
+            assert torch.equal(one.keys, other.keys)
+            assert torch.equal(one.values, other.values)
+    assert large.encoded == 6 < small.encoded
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"max_tokens": 7}, "max_tokens was 6 and is now 7"),
+        ({"linkers": ["reposition"]}, "linkers was reposition, link-tokens, epic:k=2 and is now reposition"),
+        ({"codecs": ["raw"]}, "codecs was raw, int8 and is now raw"),
+        ({"template": "Q: {question}"}, r"template was '\{question\}' and is now 'Q: "),
+        ({"system": "S"}, r"system\.small was '' and is now 'S'"),
+        ({"follow": "reference"}, "follow was 'full' and is now 'reference'"),
+    ],
+)
+def test_a_changed_run_is_refused_by_name(
+    evaluate: Evaluate, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    evaluate(tmp_path / "run")
+    before = (tmp_path / "run/answers.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=f"holds another run: {message}.*--out"):
+        evaluate(tmp_path / "run", **changed)
+    assert (tmp_path / "run/answers.jsonl").read_bytes() == before
+
+
+def test_changed_data_and_models_are_refused_by_name(
+    evaluate: Evaluate, tmp_path: Path, questions: Path, tiny_model_dir: Path
+) -> None:
+    evaluate(tmp_path / "run")
+    text = questions.read_text()
+    questions.write_text(text.replace("dog", "fox"))
+    with pytest.raises(ConfigError, match=r"data\[0\]\.digest was"):
+        evaluate(tmp_path / "run")
+    questions.write_text("\n".join(text.splitlines()[:3]))
+    with pytest.raises(ConfigError, match=r"data\[0\]\.questions was 5 and is now 3"):
+        evaluate(tmp_path / "run")
+    assert read_config(tmp_path / "run").models[0].source == str(tiny_model_dir)
+
+
+def test_two_runs_do_not_write_into_one_folder(evaluate: Evaluate, tmp_path: Path) -> None:
+    config = read_config(evaluate(tmp_path / "run"))
+    with RunDirectory(tmp_path / "run", config), pytest.raises(ConfigError, match="another run is writing"):
+        evaluate(tmp_path / "run")
+    evaluate(tmp_path / "run")  # free again
+
+
+def test_damage_in_the_middle_is_named_by_line(evaluate: Evaluate, tmp_path: Path) -> None:
+    file = evaluate(tmp_path / "run") / "answers.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:9], b"{}\n", *lines[10:]]))
+    with pytest.raises(ConfigError, match="line 10: not a row of a run"):
+        evaluate(tmp_path / "run")
+    file.write_bytes(b"".join([*lines[:9], *lines[10:]]))
+    with pytest.raises(ConfigError, match=r"line 10: tiny/link-tokens/raw was not expected here"):
+        read_rows(tmp_path / "run")
+
+
+def test_a_question_that_does_not_fit_is_skipped_for_all_cells(
+    evaluate: Evaluate, tmp_path: Path, questions: Path
+) -> None:
+    with questions.open("a") as file:
+        file.write(json.dumps({"id": "long", "question": "q", "documents": [{"text": "x" * 2100}]}) + "\n")
+    rows = [row for row in read_rows(evaluate(tmp_path / "run")) if row.id == "long"]
+    assert {row.skipped for row in rows} == {"context_length_exceeded"}
+    assert len(rows) == 7
+
+
+def test_a_given_continuation_is_followed_and_needs_no_labels(
+    evaluate: Evaluate, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """Its likelihood under ``full`` is that of one plain pass over prompt and continuation."""
+    row = {"id": "t", "question": "go on", "documents": [{"text": "one two"}], "continuation": "three"}
+    (tmp_path / "text.jsonl").write_text(json.dumps(row))
+    data = [str(tmp_path / "text.jsonl")]
+    out = evaluate(tmp_path / "run", data=data, linkers=["reposition"], codecs=["raw"])
+    full, other = read_rows(out)
+    model = load_model(str(tiny_model_dir))
+    layout = model.layout
+    prompt = layout.build([Message("user", "go on")], [layout.document_tokens(Document("", "one two"))], links=None)
+    ids = torch.cat([prompt.token_ids(), torch.tensor(layout.plain_tokens("three"))])
+    with torch.inference_mode():
+        logits = model.network(input_ids=ids[None], attention_mask=None).logits[0].float()
+    losses = torch.nn.functional.cross_entropy(logits[prompt.length - 1 : -1], ids[prompt.length :], reduction="none")
+    assert full.tokens == other.tokens == 5
+    assert full.nll == pytest.approx(float(losses.mean()), rel=1e-4)
+    assert (other.answer, dict(other.scores)) == (None, {})
+    assert other.top1 is not None
+
+
+def test_the_reference_can_be_followed(evaluate: Evaluate, tmp_path: Path) -> None:
+    rows = read_rows(evaluate(tmp_path / "run", follow="reference", linkers=["reposition"], codecs=["raw"]))
+    assert {row.tokens for row in rows} == {len("cat")}
+    assert all(row.answer is not None for row in rows)
+
+
+def test_k_stands_for_link_tokens_and_none_of_them_is_reposition() -> None:
+    assert expand(["link-tokens", "epic", "reposition"], [0, 1, 5]) == [
+        "reposition", "link-tokens:k=1", "link-tokens:k=5", "epic",
+    ]  # fmt: skip
+    assert expand(["link-tokens:k=2"], []) == ["link-tokens:k=2"]
+    with pytest.raises(ConfigError, match="--linker link-tokens"):
+        expand(["epic"], [1])
+
+
+def test_linkers_that_no_model_can_run_are_refused_before_one_is_loaded(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvlink_core.evaluation.run.load_model", None)
+    with pytest.raises(InputError, match="soft-wrap: this model has no trained embeddings"):
+        contenders([str(tiny_model_dir)], ["soft-wrap"], ["raw"])
+    with pytest.raises(InputError, match=r"link-tokens:k=9: .*3 link tokens"):
+        contenders([str(tiny_model_dir)], ["link-tokens"], ["raw"], ks=[9])
+    with pytest.raises(InputError, match="no codec 'zip'"):
+        contenders([str(tiny_model_dir)], None, ["zip"])
+    (everything,) = contenders([str(tiny_model_dir)], None, ["raw"])
+    assert "soft-wrap" not in {cell.linker for cell in everything.cells}
+    assert everything.cells[0].linker == "full"
+
+
+def test_a_linker_that_one_of_two_models_can_run_is_left_out_of_the_other(tmp_path: Path, tiny_model_dir: Path) -> None:
+    other = save_tiny(tmp_path / "other", seed=1)
+    layout = json.loads((other / "kvlink.json").read_text())
+    del layout["link_tokens"]
+    (other / "kvlink.json").write_text(json.dumps(layout))
+    one, two = contenders([str(tiny_model_dir), str(other)], ["link-tokens", "reposition"], ["raw"])
+    assert one.label == str(tiny_model_dir)  # both call themselves tiny
+    assert [cell.linker for cell in one.cells] == ["full", "link-tokens", "reposition"]
+    assert [cell.linker for cell in two.cells] == ["full", "reposition"]
+    assert one.digest != two.digest
+    assert "link-tokens was left out" in two.left_out[0]
+
+
+def test_a_chat_template_without_system_turns_says_what_to_do(
+    evaluate: Evaluate, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    other = save_tiny(tmp_path / "other")
+    config = json.loads((other / "kvlink.json").read_text())
+    config["chat_template"] = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        "<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}<assistant>"
+    )
+    (other / "kvlink.json").write_text(json.dumps(config))
+    model = load_model(str(other))
+    run_config = read_config(evaluate(tmp_path / "run")).model_copy(update={"system": {"d": "S"}})
+    cells = contenders([str(other)], ["reposition"], ["raw"])[0].cells
+    questioner = asking.Asking(model, cells, run_config, memory_bytes=1)
+    with pytest.raises(ConfigError, match=r"no system here.*--system ''"):
+        questioner.lay_out("d", Example("x", "q", (Document("", "t"),)))
