@@ -24,19 +24,19 @@ def test_a_grid_from_questions_to_table_plot_and_comparison(kvlink: Kvlink, tmp_
     """The embedded model on its own world: all right under ``full``; what goes through int4 is close to it."""
     out, plot = tmp_path / "run", tmp_path / "plot.svg"
     done = kvlink(
-        "eval", "run", "--data", "worlds", "--questions", "4", "--linker", "link-tokens", "--linker", "epic:k=2",
+        "eval", "run", "--data", "worlds", "--questions", "3", "--linker", "link-tokens", "--linker", "epic:k=2",
         "--k", "0", "--k", "5", "--codec", "raw", "--codec", "int4", "--max-tokens", "48", "--out", str(out),
         "--plot", str(plot),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "worlds: 4 questions" in done.stdout
+    assert "worlds: 3 questions" in done.stdout
     rows = read_rows(out)
     assert {row.linker for row in rows} == {"full", "reposition", "link-tokens:k=5", "epic:k=2"}
     assert all(row.scores["exact"] == 1 for row in rows if row.linker == "full")
     assert plot.stat().st_size > 0
     summary = json.loads((out / "summary.json").read_text())
     assert len(summary["cells"]) == 7
-    assert (out / "summary.md").read_text().startswith("worlds: 4 questions")
+    assert (out / "summary.md").read_text().startswith("worlds: 3 questions")
     shown = kvlink("eval", "show", str(out), "--by", "kind")
     assert {row.kind for row in rows} == {
         kind for kind in ("fact", "pronoun", "two-hop") if f": {kind}:" in shown.stdout
@@ -49,7 +49,7 @@ def test_a_grid_from_questions_to_table_plot_and_comparison(kvlink: Kvlink, tmp_
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("nq_open_10docs_gold0.jsonl.gz", ("--gold-at", "0", "--gold-at", "2")),
+        ("nq_open_10docs_gold0.jsonl.gz", ("--gold-at", "0", "--gold-at", "1")),
         ("2wikimultihopqa_dev.jsonl.gz", ()),
         ("hotpotqa_dev_distractor.jsonl.gz", ("--follow", "reference")),
         ("musique_dev.jsonl.gz", ("--document-words", "40")),
@@ -60,14 +60,13 @@ def test_real_questions_end_to_end(kvlink: Kvlink, tmp_path: Path, name: str, op
     """The model is poor on real text; that every cell answers, close to ``full`` or not, is what is seen here."""
     source = real(name)
     done = kvlink(
-        "eval", "run", "--data", source, "--questions", "2", "--documents", "3", "--max-tokens", "6",
-        "--linker", "reposition", "--linker", "link-tokens", "--linker", "cacheblend:ratio=1", "--codec", "raw",
-        "--codec", "int4", "--out", str(tmp_path / "run"), *options,
+        "eval", "run", "--data", source, "--questions", "2", "--documents", "2", "--max-tokens", "4",
+        "--linker", "link-tokens", "--linker", "cacheblend:ratio=1", "--codec", "raw", "--codec", "int4", "--out", str(tmp_path / "run"), *options,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = read_rows(tmp_path / "run")
     places = options.count("--gold-at") or 1
-    assert len(rows) == 2 * 7 * places
+    assert len(rows) == 2 * 5 * places
     for row in rows:
         assert row.scores.keys() == {"em", "f1", "exact"}
         if (row.linker, row.codec) == ("cacheblend:ratio=1", "raw"):  # full prefill over caches, by another way
@@ -75,7 +74,7 @@ def test_real_questions_end_to_end(kvlink: Kvlink, tmp_path: Path, name: str, op
             assert row.kl < 1e-6
             assert row.top1 == 1
     if places == 2:
-        assert {row.kind for row in rows if row.dataset.endswith("@2")} == {"gold at 2"}
+        assert {row.kind for row in rows if row.dataset.endswith("@1")} == {"gold at 1"}
 
 
 @pytest.mark.parametrize(
