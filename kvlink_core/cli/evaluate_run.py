@@ -83,6 +83,7 @@ def run(
     from kvlink_core.benchmark.plot import check_plot
     from kvlink_core.evaluation.grid import RAW, contenders
     from kvlink_core.evaluation.records import RunDirectory
+    from kvlink_core.evaluation.report import write_summary
     from kvlink_core.evaluation.run import make_config
     from kvlink_core.evaluation.run import run as ask
 
@@ -114,7 +115,8 @@ def run(
         )  # fmt: skip
     if busy := watch.warning():
         _note(f"times to first token: {busy}")
-    _finish(out, by, plot, metric, seed, started)
+    found = _finish(out, by, plot, metric, seed)
+    write_summary(out, config, found, started=started, watch=watch)
 
 
 def show(
@@ -130,7 +132,7 @@ def show(
     _check_metrics(metric)
     if plot is not None:
         check_plot(plot)
-    _finish(run, by, plot, metric, seed, None)
+    _finish(run, by, plot, metric, seed)
 
 
 def _datasets(
@@ -164,16 +166,14 @@ def _datasets(
 
 
 def _finish(
-    path: Path, by: Literal["dataset", "kind"], plot: Path | None, metric: list[str] | None, seed: int,
-    started: datetime | None,
-) -> None:  # fmt: skip
-    """Tables on the terminal and in the folder, and the plot."""
-    from kvlink_core.evaluation.records import read_config, read_rows
-    from kvlink_core.evaluation.report import write_summary
+    path: Path, by: Literal["dataset", "kind"], plot: Path | None, metric: list[str] | None, seed: int
+) -> list[CellSummary]:
+    """Tables on the terminal, and the plot; returns what is known of each data set and cell."""
+    from kvlink_core.evaluation.records import read_rows
     from kvlink_core.evaluation.summary import summarise
     from kvlink_core.evaluation.tables import summary_tables
 
-    config, rows = read_config(path), read_rows(path)
+    rows = read_rows(path)
     if not rows:
         raise ConfigError(f"{path} has no question answered yet.")
     found = summarise(rows, seed=seed)
@@ -181,10 +181,9 @@ def _finish(
     console = stdout if stdout.is_terminal else Console(emoji=False, width=_WIDTH)
     for table in summary_tables(shown):
         console.print(table)
-    if started is not None:
-        write_summary(path, config, found, started)
     if plot is not None:
         _draw(path, shown, plot, metric)
+    return found
 
 
 def _draw(path: Path, summaries: Sequence[CellSummary], plot: Path, metric: list[str] | None) -> None:

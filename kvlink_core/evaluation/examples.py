@@ -50,11 +50,13 @@ class Dataset:
         name: by which results are told apart.
         examples: in the order of the file.
         left_out: how many were not taken, by reason.
+        generated: whether they come from no file.
     """
 
     name: str
     examples: tuple[Example, ...] = field(repr=False)
     left_out: Counter[str] = field(default_factory=Counter)
+    generated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

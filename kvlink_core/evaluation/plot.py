@@ -101,7 +101,7 @@ def _panel(
     axes.plot([x for x, _ in front], [y for _, y in front], color=_GREY, linewidth=1, linestyle="--", zorder=0)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
     axes.minorticks_off()
     axes.set_xlabel("median time to first token, ms")
     axes.set_ylabel(title_of(measure) + (" (less is better)" if measure in LESS_IS_BETTER else ""))
@@ -128,7 +128,7 @@ def _legend(
         if s.codec:
             codecs[s.codec] = line([], [], color=_GREY, marker=marker, linestyle="", markersize=6)
     handles = linkers | (codecs if len(codecs) > 1 else {})
-    handles["nothing is both faster and better"] = line([], [], color=_GREY, linestyle="--", linewidth=1)
+    handles["Pareto front: nothing is both faster and better"] = line([], [], color=_GREY, linestyle="--", linewidth=1)
     figure.legend(
         handles.values(), handles.keys(), loc="outside upper left", ncols=4, frameon=False, fontsize=8,
         handletextpad=0.3, columnspacing=1.4,

@@ -19,7 +19,7 @@ from kvlink_core.evaluation.tables import markdown
 
 
 class Summary(BaseModel):
-    """``summary.json``: what was asked, when and on what it was finished, and what it came to."""
+    """``summary.json``: what was asked, when and on what the last part of it ran, and what it came to."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,8 +30,16 @@ class Summary(BaseModel):
     cells: tuple[CellSummary, ...]
 
 
-def write_summary(path: Path, config: RunConfig, cells: Sequence[CellSummary], started: datetime) -> None:
+def write_summary(
+    path: Path, config: RunConfig, cells: Sequence[CellSummary], *, started: datetime, watch: CoreWatch
+) -> None:
     """Write both files into the run's folder.
+
+    Args:
+        path: the folder.
+        config, cells: of the run.
+        started: when the last part of it was.
+        watch: has looked since then.
 
     Raises:
         ConfigError: they cannot be written.
@@ -39,7 +47,7 @@ def write_summary(path: Path, config: RunConfig, cells: Sequence[CellSummary], s
     summary = Summary(
         config=config,
         started=started.isoformat(timespec="seconds"),
-        hardware=describe_hardware(torch.device(config.device), CoreWatch()),
+        hardware=describe_hardware(torch.device(config.device), watch),
         versions=describe_versions(),
         cells=tuple(cells),
     )

@@ -13,7 +13,6 @@ from kvlink_core.evaluation.encodings import BYTES_PER_TOKEN_ID
 from kvlink_core.evaluation.examples import Dataset, Example
 from kvlink_core.evaluation.grid import Contender
 from kvlink_core.evaluation.metrics import check_metrics
-from kvlink_core.evaluation.reading.datasets import WORLDS
 from kvlink_core.evaluation.records import DataUsed, ModelUsed, RunConfig, RunDirectory
 from kvlink_core.models import load_model
 
@@ -83,7 +82,7 @@ def make_config(
         codecs=tuple(codecs),
         cells=tuple((cell.model, cell.linker, cell.codec) for model in models for cell in model.cells),
         template=template,
-        system={name: _system(name) if system is None else system for name in names},
+        system={d.name: _system(d) if system is None else system for d in datasets},
         max_tokens=max_tokens,
         follow="full" if follow == "full" else "reference",
         device=device,
@@ -91,8 +90,8 @@ def make_config(
     )
 
 
-def _system(dataset: str) -> str:
-    return "" if dataset == WORLDS else PAPER_SYSTEM
+def _system(dataset: Dataset) -> str:
+    return "" if dataset.generated else PAPER_SYSTEM
 
 
 def _digest(dataset: Dataset) -> str:

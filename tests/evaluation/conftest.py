@@ -47,17 +47,18 @@ def evaluate(tiny_model_dir: Path, questions: Path) -> Evaluate:
         *,
         linkers: Sequence[str] = LINKERS,
         codecs: Sequence[str] = ("raw", "int8"),
+        models: Sequence[Path] = (tiny_model_dir,),
         data: Sequence[str] | None = None,
         after: Callable[[int], None] = lambda done: None,
         **options: Any,
     ) -> Path:
-        models = contenders([str(tiny_model_dir)], linkers, codecs)
+        grid = contenders([str(model) for model in models], linkers, codecs)
         datasets = [open_dataset(source) for source in data or [str(questions)]]
         asked = {"max_tokens": 6, "system": ""} | options
-        config = make_config(models, datasets, linkers=linkers, codecs=codecs, **asked)
+        config = make_config(grid, datasets, linkers=linkers, codecs=codecs, **asked)
         with RunDirectory(out, config) as directory:
             run(
-                directory, models, datasets, memory_bytes=2**20,
+                directory, grid, datasets, memory_bytes=2**20,
                 progress=lambda label, done, total: after(done),
             )  # fmt: skip
         return out

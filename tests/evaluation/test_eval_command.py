@@ -61,7 +61,8 @@ def test_real_questions_end_to_end(kvlink: Kvlink, tmp_path: Path, name: str, op
     source = real(name)
     done = kvlink(
         "eval", "run", "--data", source, "--questions", "2", "--documents", "2", "--max-tokens", "4",
-        "--linker", "link-tokens", "--linker", "cacheblend:ratio=1", "--codec", "raw", "--codec", "int4", "--out", str(tmp_path / "run"), *options,
+        "--linker", "link-tokens", "--linker", "cacheblend:ratio=1", "--codec", "raw", "--codec", "int4",
+        "--out", str(tmp_path / "run"), *options,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = read_rows(tmp_path / "run")

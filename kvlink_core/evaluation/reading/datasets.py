@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -17,10 +17,8 @@ from kvlink_core.evaluation.reading.fields import Fields
 from kvlink_core.evaluation.reading.formats import Source, format_of
 from kvlink_core.evaluation.worlds import held_out
 from kvlink_core.text import is_unicode
+from kvlink_core.training.worlds import TEST_SEEDS
 from kvlink_core.types import Document
-
-#: Generated questions over held-out worlds: ``worlds``, or ``worlds:SEED`` for another first one.
-WORLDS = "worlds"
 
 CONTINUE = "Continue the text."
 
@@ -52,14 +50,17 @@ def open_dataset(
     if task is not None and task not in get_args(Task):
         raise ConfigError(f"there is no task {task!r}; there are {', '.join(get_args(Task))}.", param="task")
     shape = shape or Shape()
-    name, path = _named(source)
     left_out: Counter[str] = Counter()
     found: list[Example] = []
     seen: set[str] = set()
-    if name == WORLDS and path is None:
-        examples = _worlds(source, limit)
+    name, _, seed = source.partition(":")
+    generated = name in GENERATED
+    if generated:
+        if seed and not seed.isdecimal():
+            raise ConfigError(f"{source!r} is not of the form {name}:SEED.", param="data")
+        examples = GENERATED[name](limit or GENERATED_QUESTIONS, int(seed or 0))
     else:
-        assert path is not None
+        name, path = _named(source)
         examples = _of_file(path, Source(path, evidence), shape, left_out)
     for number, example in enumerate(examples):
         shaped = shape.apply(example)
@@ -77,13 +78,11 @@ def open_dataset(
         why = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise CorpusError(f"{source} has no question to ask{f' (left out: {why})' if why else ''}.")
     at = f"@{shape.gold_at}" if shape.gold_at is not None else ""
-    return Dataset(name + at, tuple(found), left_out)
+    return Dataset(name + at, tuple(found), left_out, generated)
 
 
-def _named(source: str) -> tuple[str, Path | None]:
-    """The name, and the path unless it is of generated worlds."""
-    if source.partition(":")[0] == WORLDS:
-        return WORLDS, None
+def _named(source: str) -> tuple[str, Path]:
+    """What a data set is called, and its file."""
     name, equals, rest = source.partition("=")
     if equals and _NAME.fullmatch(name):
         return name, Path(rest)
@@ -91,15 +90,19 @@ def _named(source: str) -> tuple[str, Path | None]:
     return _ENDINGS.sub("", path.name) or path.name, path
 
 
-def _worlds(source: str, limit: int | None) -> Iterator[Example]:
-    seed = source.partition(":")[2]
-    if seed and not seed.isdecimal():
-        raise ConfigError(f"{source!r} is not of the form worlds:SEED.", param="data")
-    worlds = held_out(limit or 2000, **({"first_seed": int(seed)} if seed else {}))
-    for number, (world, asked) in enumerate(worlds, int(seed or 0)):
+def _worlds(questions: int, seed: int) -> Iterator[Example]:
+    """Held-out worlds: what the embedded model was trained for."""
+    for number, (world, asked) in enumerate(held_out(questions, first_seed=TEST_SEEDS.start + seed), seed):
         documents = tuple(Document(str(i), p) for i, p in enumerate(world.passages))
         for i, question in enumerate(asked):
             yield Example(f"w{number}-{i}", question.question, documents, (question.answer,), kind=question.kind)
+
+
+#: Sources that are no files, by name: questions, and the first seed, which may be named as ``worlds:SEED``.
+GENERATED: Mapping[str, Callable[[int, int], Iterator[Example]]] = {"worlds": _worlds}
+
+#: How many questions are generated unless told otherwise.
+GENERATED_QUESTIONS = 2000
 
 
 def _of_file(path: Path, source: Source, shape: Shape, left_out: Counter[str]) -> Iterator[Example]:
