@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kvlink_core.cli.common import Device, Dtype, stderr, stdout
+from kvlink_core.cli.common import Device, Dtype, probe, stderr, stdout
 from kvlink_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def run(
     _check_metrics(metric)
     if plot is not None:
         check_plot(plot)
+        probe(plot)
     codecs = codec or [RAW]
     models = contenders(model or ["embedded"], linker, codecs, ks=k or (), device=device, dtype=dtype)
     datasets = _datasets(data, questions, gold_at, documents, document_words, text_words, task, evidence)

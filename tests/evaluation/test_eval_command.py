@@ -46,6 +46,26 @@ def test_a_grid_from_questions_to_table_plot_and_comparison(kvlink: Kvlink, tmp_
     assert "second less first" in compared.stdout
 
 
+def test_summaries_and_plain_text_in_one_grid(kvlink: Kvlink, tmp_path: Path, tiny_model_dir: Path) -> None:
+    news = [{"document": f"It rains in {city}. ||||| It is wet.", "summary": f"Rain in {city}."} for city in ("A", "B")]
+    (tmp_path / "news.jsonl").write_text("".join(json.dumps(row) + "\n" for row in news))
+    (tmp_path / "book.txt").write_text(" ".join(f"word{i}" for i in range(30)))
+    done = kvlink(
+        "eval", "run", "--model", str(tiny_model_dir), "--data", str(tmp_path / "news.jsonl"), "--data",
+        str(tmp_path / "book.txt"), "--text-words", "4", "--documents", "2", "--linker", "reposition",
+        "--max-tokens", "8", "--out", str(tmp_path / "run"), "--plot", str(tmp_path / "plot.png"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(tmp_path / "run")
+    assert [(row.dataset, sorted(row.scores)) for row in rows] == [
+        *[("news", ["f1", "rouge_l"])] * 4,
+        *[("book", [])] * 4,  # two questions: 2 x 4 words and 4 that follow, 30 words
+    ]
+    assert "ROUGE-L %" in done.stdout
+    assert all(row.top1 is not None for row in rows if row.linker == "reposition")
+    assert kvlink("eval", "show", str(tmp_path / "run"), "--metric", "em", "--plot", "x.svg").returncode == 2
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

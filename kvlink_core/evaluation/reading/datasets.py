@@ -134,8 +134,8 @@ def _of_text(text: str, name: str, shape: Shape) -> Iterator[Example]:
     each = (shape.documents or 5) + 1
     for start in range(0, len(pieces) - 1, each):
         *documents, last = pieces[start : start + each]
-        if not documents:
-            continue  # a lone piece at the end continues nothing
+        if start and len(documents) + 1 < each:
+            break  # a shorter rest would be another kind of question; of a short text it is all there is
         yield Example(
             f"{name}#{start // each}" if name else "",
             CONTINUE,
