@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import torch
 
 from kvlink_core.benchmark.rounds import Clock
-from kvlink_core.compress import EncodedDocument, get_codec
-from kvlink_core.errors import ConfigError, InputError, PromptTooLongError, TooManyDocumentsError
+from kvlink_core.compress import EncodedDocument, get_codec, pruning_of
+from kvlink_core.errors import ConfigError, InputError, PromptTooLongError, PrunedCacheError, TooManyDocumentsError
 from kvlink_core.evaluation.encodings import BYTES_PER_TOKEN_ID, Encodings, Stored, Tokens, stored_bytes
 from kvlink_core.evaluation.examples import Example
 from kvlink_core.evaluation.following import Walk, closeness, follow, greedy
@@ -75,7 +76,17 @@ class Asking:
         }
         self._clock = Clock(model.device)
         self._warm = False
-        self.encodings = Encodings(model, most_bytes=memory_bytes)
+        prunes = {name: pruning_of(stored.codec) for name, stored in self._stored.items()}
+        whole = Encodings(model, most_bytes=memory_bytes)
+        self._encodings = {
+            name: whole if prune is None else Encodings(model, most_bytes=memory_bytes, prune=prune)
+            for name, prune in prunes.items()
+        }
+
+    def plan(self, documents: Sequence[Tokens]) -> None:
+        """See ``Encodings.plan``."""
+        for encodings in dict.fromkeys(self._encodings.values()):
+            encodings.plan(documents)
 
     def lay_out(self, dataset: str, example: Example) -> Asked | Skipped:
         """Lay a question out under every linker.
@@ -96,7 +107,8 @@ class Asking:
         except TooManyDocumentsError as error:
             return Skipped(dataset, example, error.code)
         room = self._model.context_length - max(prompt.length for prompt in prompts.values())
-        if room < 1:
+        most = min((encodings.longest for encodings in self._encodings.values()), default=room)
+        if room < 1 or any(len(each) > most for each in documents):
             return Skipped(dataset, example, PromptTooLongError.code)
         return Asked(dataset, example, tuple(token_bytes(each) for each in documents), prompts, room)
 
@@ -115,12 +127,13 @@ class Asking:
         """Ask under every cell; the document caches must have been planned."""
         if isinstance(asked, Skipped):
             return [_row_of(cell, asked.dataset, asked.example, skipped=asked.reason) for cell in self._cells]
-        loads = {name: self._load(stored, asked) for name, stored in self._stored.items()}
+        loads = {name: self._load(name, asked) for name in self._stored}
         loads[NO_CODEC] = _Load([], 0.0, 0)
         if not self._warm:
             for _ in range(_WARM_UPS.get(self._model.device.type, 1)):
                 for cell in self._cells:
-                    greedy(self._link(cell, asked, loads[cell.codec], 1)[1], max_tokens=1, stop_ids=frozenset())
+                    with suppress(PrunedCacheError):
+                        greedy(self._link(cell, asked, loads[cell.codec], 1)[1], max_tokens=1, stop_ids=frozenset())
             self._warm = True
         most = min(self._config.max_tokens, asked.room)
         given = self._given(asked.example)[:most]
@@ -128,7 +141,11 @@ class Asking:
         rows = []
         for cell in self._cells:
             load = loads[cell.codec]
-            link_s, linked = self._link(cell, asked, load, most)
+            try:
+                link_s, linked = self._link(cell, asked, load, most)
+            except PrunedCacheError as error:  # this linker cannot, and the others of the grid can
+                rows.append(_row_of(cell, asked.dataset, asked.example, skipped=error.code))
+                continue
             walk = self._walk(linked, asked.example, given or (full.followed if full else ()), most)
             full = full or walk
             row = self._row(cell, asked, walk, full)
@@ -141,9 +158,10 @@ class Asking:
             rows.append(row.model_copy(update=counted))
         return rows
 
-    def _load(self, stored: Stored, asked: Asked) -> _Load:
+    def _load(self, name: str, asked: Asked) -> _Load:
         """The caches of a question's documents, decoded anew: that is what a request waits for."""
-        documents = stored.documents(asked.documents, self.encodings.caches)
+        stored = self._stored[name]
+        documents = stored.documents(asked.documents, self._encodings[name].caches)
         decode = partial(_decoded, stored, documents, self._model.device)
         seconds, caches = self._clock.time(decode)
         return _Load(caches, seconds, sum(stored_bytes(each) for each in documents))

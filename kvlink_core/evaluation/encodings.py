@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from kvlink_core.compress import Codec, EncodedDocument
-from kvlink_core.encode import DocumentEncoder, length_batches
+from kvlink_core.encode import DocumentEncoder, Pruner, length_batches
 from kvlink_core.models import LoadedModel
 from kvlink_core.types import DocumentCache
 
@@ -58,10 +58,21 @@ class Encodings:
         model: makes them.
         most_bytes: of caches kept for questions to come.
         max_batch_tokens: padded tokens of one forward pass.
+        prune: of a codec that prunes, which takes place while encoding.
+
+    Attributes:
+        longest: tokens that a document may have.
+        encoded: documents encoded so far.
+
+    Raises:
+        UnsupportedModelError: ``prune`` has to see what this model does not show.
     """
 
-    def __init__(self, model: LoadedModel, *, most_bytes: int, max_batch_tokens: int = 4096) -> None:
-        self._encoder = DocumentEncoder(model, max_batch_tokens=max_batch_tokens)
+    def __init__(
+        self, model: LoadedModel, *, most_bytes: int, max_batch_tokens: int = 4096, prune: Pruner | None = None
+    ) -> None:
+        self._encoder = DocumentEncoder(model, max_batch_tokens=max_batch_tokens, prune=prune)
+        self.longest = model.context_length // (2 if prune is not None and prune.reads == "again" else 1)
         self._max_batch_tokens = max_batch_tokens
         self._batch_of: dict[Tokens, list[Tokens]] = {}
         self._recent: Recent[Tokens, DocumentCache] = Recent(most_bytes, lambda cache: cache.nbytes)

@@ -132,7 +132,7 @@ def run(
         loaded = load_model(model.source, device=config.device, dtype=config.dtype)
         asking = Asking(loaded, model.cells, config, memory_bytes=memory_bytes)
         for window in _windows(asking, questions):
-            asking.encodings.plan([d for asked in window if isinstance(asked, Asked) for d in asked.documents])
+            asking.plan([d for asked in window if isinstance(asked, Asked) for d in asked.documents])
             for asked in window:
                 if (asked.dataset, asked.example.id) not in there:
                     directory.append(asking.rows(asked))

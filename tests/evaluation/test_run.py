@@ -195,6 +195,20 @@ def test_a_question_that_does_not_fit_is_skipped_for_all_cells(
     assert len(rows) == 7
 
 
+def test_codecs_that_prune(evaluate: Evaluate, tmp_path: Path) -> None:
+    """What keeps every token is the codec without pruning; linkers that compute tokens of documents have no slots."""
+    codecs = ["raw", "raw:keep=1", "raw:keep=0.5,scorer=random"]
+    rows = read_rows(evaluate(tmp_path / "run", linkers=["reposition", "epic:k=2"], codecs=codecs))
+    for question in {row.id for row in rows}:
+        found = {(row.linker, row.codec): row for row in rows if row.id == question}
+        raw, whole, half = (found["reposition", codec] for codec in codecs)
+        assert (raw.kl, raw.answer, raw.stored_bytes) == (whole.kl, whole.answer, whole.stored_bytes)
+        assert half.kl != raw.kl
+        assert 0.45 < half.stored_bytes / raw.stored_bytes < 0.85  # of few tokens; which ones are kept is stored, too
+        assert found["epic:k=2", codecs[2]].skipped == "pruned_cache"
+        assert found["epic:k=2", "raw"].skipped is None
+
+
 def test_a_given_continuation_is_followed_and_needs_no_labels(
     evaluate: Evaluate, tmp_path: Path, tiny_model_dir: Path
 ) -> None:
