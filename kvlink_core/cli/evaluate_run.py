@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvlink_core.evaluation.summary import CellSummary
 
 #: Wide enough for every table of ours, where the output is no terminal.
-_WIDTH = 200
+_WIDTH = 260
 
 By = Annotated[Literal["dataset", "kind"], typer.Option(help="`kind`: a table for each kind of question, too.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw quality against TTFT here: .svg or .png.")]
