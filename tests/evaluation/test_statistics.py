@@ -54,7 +54,7 @@ def test_p_against_all_exchanges(differences: list[int]) -> None:
     assert found.unequal == sum(d != 0 for d in differences)
 
 
-@pytest.mark.parametrize(("won", "lost"), [(9, 2), (8, 8), (30, 12)])
+@pytest.mark.parametrize(("won", "lost"), [(9, 2), (8, 8), (26, 14)])
 def test_p_of_right_and_wrong_is_the_exact_sign_test(won: int, lost: int) -> None:
     """McNemar's exact test of two systems on right-or-wrong questions; the last case is drawn, not counted out."""
     first = [0.0] * won + [1.0] * lost + [1.0] * 50
@@ -62,7 +62,7 @@ def test_p_of_right_and_wrong_is_the_exact_sign_test(won: int, lost: int) -> Non
     n, least = won + lost, min(won, lost)
     expected = min(1.0, 2 * sum(math.comb(n, i) for i in range(least + 1)) / 2**n)
     found = paired(first, second, resamples=20_000)
-    assert found.p == pytest.approx(expected, abs=0.004)
+    assert found.p == pytest.approx(expected, abs=0.008)
     assert found.difference.mean == pytest.approx((won - lost) / (n + 50))
     assert found.difference.low <= found.difference.mean <= found.difference.high
 
