@@ -103,18 +103,20 @@ def test_a_killed_run_goes_on_and_equals_one_that_was_not(
     assert asked == ["q2", "q3", "q4"]  # nothing is left to ask
 
 
-def test_each_distinct_document_is_encoded_once(
+def test_each_distinct_document_is_encoded_once_and_beside_others(
     evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoded: list[tuple[int, ...]] = []
+    """Documents of all questions and cells, in one forward pass here, since they are few."""
+    calls: list[list[tuple[int, ...]]] = []
     encode = encodings.DocumentEncoder.encode
     monkeypatch.setattr(
         encodings.DocumentEncoder,
         "encode",
-        lambda self, documents: (encoded.extend(map(tuple, documents)), encode(self, documents))[1],
+        lambda self, documents: (calls.append([tuple(d) for d in documents]), encode(self, documents))[1],
     )
     evaluate(tmp_path / "run")
-    assert len(encoded) == len(set(encoded)) == 5
+    (batch,) = calls
+    assert len(batch) == len(set(batch)) == 5
 
 
 def test_memory_that_is_too_small_changes_nothing(tiny_model_dir: Path) -> None:
