@@ -10,8 +10,13 @@ import typer
 from rich.table import Table
 
 from kvlink_core.cli.common import Device, Model, probe, progress_bar, stdout
+from kvlink_core.cli.evaluate_compare import compare
+from kvlink_core.cli.evaluate_run import run, show
 
 eval_app = typer.Typer(help="Measure quality.", no_args_is_help=True)
+eval_app.command()(run)
+eval_app.command()(show)
+eval_app.command()(compare)
 
 
 @eval_app.command("worlds")
