@@ -36,6 +36,9 @@ DocumentsIn = Literal["system", "user", "turn"]
 
 DOCUMENTS_ROLE = "documents"
 
+#: The role of a message that is the prompt itself: no chat template is put around it. It must be the only one.
+PROMPT_ROLE = "prompt"
+
 D = TypeVar("D", bound=Document | DocumentRef)
 
 
@@ -129,6 +132,7 @@ class PromptLayout:
         self.end_id: int | None = tokenizer.eos_token_id
         source = chat_template or chat_template_of(tokenizer)
         links = link_tokens.ids if link_tokens else ()
+        self._begin = _beginning(tokenizer)
         self._tokens = GuardedTokenizer(tokenizer, chat_template=source, control_ids=(*mem_start, *mem_end, *links))
         self._chat = ChatTemplate(tokenizer, source, self._tokens)
 
@@ -199,7 +203,8 @@ class PromptLayout:
 
         Args:
             messages: the conversation; the last one is the question and must come from the user. Of the documents
-                in it only the number counts.
+                in it only the number counts. A message of the role ``PROMPT_ROLE`` alone is continued as it stands,
+                behind what the tokenizer begins every text with and the documents.
             documents: how many documents the request has besides those of its messages.
 
         Raises:
@@ -209,6 +214,8 @@ class PromptLayout:
         """
         if not messages or not messages[-1].content.strip():
             raise EmptyQuestionError("the last message has no text; ask something.", param="messages")
+        if len(messages) == 1 and messages[0].role == PROMPT_ROLE:
+            return self._plain_frame(messages[0].content, documents + len(messages[0].documents))
         for index, message in enumerate(messages):
             if message.role not in ("system", "user", "assistant"):
                 raise InputError(f"message {index} has the unknown role {message.role!r}.", param="messages")
@@ -224,6 +231,12 @@ class PromptLayout:
             raise InputError("the last message must have the role 'user'.", param="messages")
         turns, groups = self._turns(messages, documents)
         return Frame(tuple(self._split(messages, turns)), groups)
+
+    def _plain_frame(self, text: str, documents: int) -> Frame:
+        tokens = self._tokens.plain(text)
+        if documents:
+            return Frame((self._begin, tokens), (documents,))
+        return Frame(([*self._begin, *tokens],), ())
 
     def _turns(self, messages: Sequence[Message], documents: int) -> tuple[list[Turn], tuple[int, ...]]:
         """The turns to render, and how many documents each of those has that holds some."""
@@ -290,6 +303,16 @@ class PromptLayout:
             runs.append(("mem_end", self.mem_end, None))
         runs.append(("suffix", frame.pieces[-1], None))
         return _laid_out(runs)
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before every text, if anything: for most models the token that begins one."""
+    with_special = list(tokenizer("a").input_ids)
+    plain = list(tokenizer("a", add_special_tokens=False).input_ids)
+    for at in range(len(with_special) - len(plain) + 1):
+        if with_special[at : at + len(plain)] == plain:
+            return with_special[:at]
+    return []
 
 
 def _laid_out(runs: Iterable[tuple[SegmentKind, Sequence[int], int | None]]) -> Prompt:

@@ -5,24 +5,33 @@ arguments are a ``ServiceConfig``, and a string would make it pass a plain dicti
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from kvlink_core.errors import KVLinkError
-from serve.client import RayEngine
+from serve import logs
+from serve.binding import check_binding, serve_host
+from serve.client import RayDocuments, RayEngine
 from serve.config import ServiceConfig, StartupError
+from serve.documents import DocumentService
+from serve.http_metrics import PrometheusHttpMetrics
 from serve.ingress import create_app
-from serve.loading import check
+from serve.keys import KeyRing
+from serve.loading import check, open_keeper
+from serve.router import DocumentRouter
 from serve.server import EngineReplica
 
 ENGINE = "engine"
+DOCUMENTS = "documents"
 INGRESS = "ingress"
 
 
 def build_app(config: ServiceConfig) -> Application:
-    """The ingress over the engine, as a Serve application.
+    """The ingress over the engine and the documents, as a Serve application.
 
     Raises:
         StartupError: what is configured cannot work; one line that says why.
@@ -31,6 +40,7 @@ def build_app(config: ServiceConfig) -> Application:
     try:
         # `serve run` can exit with a plain error only until something is deployed.
         check(config)
+        check_binding(config, serve_host())
     except KVLinkError as error:
         raise StartupError(str(error)) from None
     engine, autoscaling = config.engine, config.engine.autoscaling
@@ -42,6 +52,18 @@ def build_app(config: ServiceConfig) -> Application:
         max_queued_requests=engine.max_waiting,
         autoscaling_config=autoscaling.model_dump(),
         graceful_shutdown_timeout_s=engine.shutdown_timeout_s,
+        # As a class: a path in YAML would be imported by the command line and the dashboard too.
+        request_router_config=RequestRouterConfig(
+            request_router_class=DocumentRouter, request_router_kwargs=config.router.model_dump()
+        ),
+    )
+    documents = serve.deployment(
+        DocumentsReplica,
+        name=DOCUMENTS,
+        num_replicas=1,
+        ray_actor_options={"num_cpus": config.documents.num_cpus},
+        max_ongoing_requests=256,
+        graceful_shutdown_timeout_s=engine.shutdown_timeout_s,
     )
     ingress = serve.deployment(
         serve.ingress(_ingress_builder(config))(),
@@ -51,14 +73,48 @@ def build_app(config: ServiceConfig) -> Application:
         max_ongoing_requests=config.ingress.max_ongoing_requests,
         graceful_shutdown_timeout_s=engine.shutdown_timeout_s,
     )
-    return ingress.bind(replica.bind(config.model_dump()))
+    bound = replica.bind(config.model_dump())
+    if config.store is None:
+        return ingress.bind(bound)
+    return ingress.bind(bound, documents.bind(config.model_dump()))
+
+
+class DocumentsReplica(DocumentService):
+    """The deployment: ``DocumentService`` over the store and the engine deployment.
+
+    Args:
+        config: the service's settings, as ``ServiceConfig`` dumps them.
+    """
+
+    def __init__(self, config: dict[str, object]) -> None:
+        settings = ServiceConfig.model_validate(config)
+        logs.install()
+        retry_after_s = settings.engine.retry_after_s
+        super().__init__(
+            RayEngine(serve.get_deployment_handle(ENGINE), retry_after_s=retry_after_s),
+            lambda: open_keeper(settings),
+            settings.documents,
+        )
 
 
 def _ingress_builder(config: ServiceConfig) -> Callable[[], FastAPI]:
     """Builds the HTTP application inside the ingress replica, where the engine's handle can be had."""
 
     def build() -> FastAPI:
-        engine = RayEngine(serve.get_deployment_handle(ENGINE), retry_after_s=config.engine.retry_after_s)
-        return create_app(engine, config.ingress, config.sampling)
+        # Again, where Serve's own word on it can be had.
+        check_binding(config, serve_host())
+        logs.install()
+        wait = config.engine.retry_after_s
+        return create_app(
+            RayEngine(serve.get_deployment_handle(ENGINE), retry_after_s=wait),
+            config.ingress,
+            config.sampling,
+            documents=RayDocuments(serve.get_deployment_handle(DOCUMENTS), retry_after_s=wait)
+            if config.store
+            else None,
+            keys=KeyRing(Path(config.keys)) if config.keys else None,
+            namespace=config.namespace,
+            metrics=PrometheusHttpMetrics(),
+        )
 
     return build

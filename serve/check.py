@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ray.serve.schema import HTTPOptionsSchema, LoggingConfig, ServeApplicationSchema, ServeDeploySchema
 
 from kvlink_core.errors import ConfigError, KVLinkError
+from serve.binding import check_binding
 from serve.config import ServiceConfig
 from serve.loading import check
 
@@ -49,7 +50,9 @@ def check_file(path: Path) -> None:
         raise ConfigError(f"{place}: {fault['msg']}") from error
     for application in applications:
         if application["import_path"] == IMPORT_PATH:
-            check(ServiceConfig.model_validate(application.get("args", {})).absolute())
+            config = ServiceConfig.model_validate(application.get("args", {})).absolute()
+            check(config)
+            check_binding(config, content["http_options"]["host"])
 
 
 def _known(content: Any, schema: Any, where: str) -> None:

@@ -15,7 +15,6 @@ import click
 from pydantic import (
     BaseModel,
     ByteSize,
-    ConfigDict,
     Field,
     ModelWrapValidatorHandler,
     ValidationError,
@@ -23,12 +22,19 @@ from pydantic import (
 )
 
 from kvlink_core.errors import ConfigError
+from serve.settings import DocumentSettings, IngressSettings, RouterSettings, TracingSettings
+from serve.settings import Settings as _Settings
+
+__all__ = ["IngressSettings", "SamplingDefaults", "ServiceConfig", "StartupError"]
 
 if TYPE_CHECKING:
     from kvlink_core.store.tiers import TierSettings
 
 #: Where the store is when the settings do not say: the same configuration then runs on a laptop and on a cluster.
 STORE_VARIABLE = "KVLINK_STORE"
+
+#: Where the keys are when the settings do not say: a secret is mounted where the platform puts it.
+KEYS_VARIABLE = "KVLINK_KEYS"
 
 
 class StartupError(ConfigError, click.ClickException):
@@ -38,10 +44,6 @@ class StartupError(ConfigError, click.ClickException):
     """
 
     exit_code = 2
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class AutoscalingSettings(_Settings):
@@ -71,6 +73,13 @@ class EngineSettings(_Settings):
     # Serve counts a request as waiting until it is assigned: a burst larger than this is refused even by idle replicas.
     max_waiting: int = Field(default=32, ge=1, description="requests that wait for a replica; more get 503")
     retry_after_s: float = Field(default=1.0, ge=0, description="what a refused client is told to wait")
+    max_namespaces: int = Field(default=64, ge=1, description="namespaces that one replica holds open")
+    chunk_tokens: int = Field(default=512, ge=16, description="longer documents that are added are cut, as precompute")
+    places: int = Field(
+        default=10,
+        ge=1,
+        description="places of a prompt to store for, where the model's template names them",
+    )
     stuck_after_s: float = Field(
         default=120.0, gt=0, description="a step running longer than this is a failed health check"
     )
@@ -78,19 +87,6 @@ class EngineSettings(_Settings):
         default=30.0, ge=0, description="how long a stopping replica finishes its requests"
     )
     autoscaling: AutoscalingSettings = AutoscalingSettings()
-
-
-class IngressSettings(_Settings):
-    """The HTTP side."""
-
-    num_cpus: float = Field(default=0.25, ge=0)
-    replicas: int = Field(default=1, ge=1)
-    max_ongoing_requests: int = Field(default=256, ge=1)
-    max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
-    max_documents: int = Field(default=64, ge=1)
-    max_messages: int = Field(default=256, ge=1)
-    # An answer's KV cache is reserved whole before its first token, so its length must not be the client's to choose.
-    max_tokens: int = Field(default=4096, ge=1, description="longest answer that a request may ask for")
 
 
 class SamplingDefaults(_Settings):
@@ -146,7 +142,9 @@ class ServiceConfig(_Settings):
     store: str | None = Field(description="path or URL of the store; null: encode every document in place")
     namespace: str = Field(default="default", min_length=1)
     codec: str = Field(default="raw", min_length=1, description="of the store's caches, as precompute was told")
-    storage_options: dict[str, str] = {}
+    storage_options: dict[str, str] = Field(default_factory=dict)
+    keys: str | None = Field(default=None, description="file of python -m serve.keys; null: anybody may ask")
+    allow_anonymous: bool = Field(default=False, description="listen beyond loopback without keys")
     device: str = "cpu"
     dtype: str | None = None
     check: bool = Field(
@@ -157,6 +155,9 @@ class ServiceConfig(_Settings):
     tiers: TierConfig = TierConfig()
     engine: EngineSettings = EngineSettings()
     ingress: IngressSettings = IngressSettings()
+    router: RouterSettings = RouterSettings()
+    documents: DocumentSettings = DocumentSettings()
+    tracing: TracingSettings = TracingSettings()
 
     @model_validator(mode="after")
     def _default_is_allowed(self) -> Self:
@@ -165,6 +166,8 @@ class ServiceConfig(_Settings):
                 f"sampling.max_tokens ({self.sampling.max_tokens}) is larger than "
                 f"ingress.max_tokens ({self.ingress.max_tokens})"
             )
+        if self.keys is not None and self.allow_anonymous:
+            raise ValueError("keys and allow_anonymous exclude each other; give one of them")
         return self
 
     @model_validator(mode="wrap")
@@ -177,8 +180,9 @@ class ServiceConfig(_Settings):
         """
         if isinstance(data, Mapping):
             data = _nested(data)
-            if "store" not in data and STORE_VARIABLE in os.environ:
-                data["store"] = os.environ[STORE_VARIABLE]
+            for name, variable in (("store", STORE_VARIABLE), ("keys", KEYS_VARIABLE)):
+                if name not in data and os.environ.get(variable):
+                    data[name] = os.environ[variable]
         try:
             return handler(data)
         except ValidationError as error:
@@ -192,6 +196,8 @@ class ServiceConfig(_Settings):
             changes["tiers"] = self.tiers.model_copy(update={"disk_path": path})
         if self.store is not None and "://" not in self.store:
             changes["store"] = str(Path(self.store).expanduser().absolute())
+        if self.keys is not None:
+            changes["keys"] = str(Path(self.keys).expanduser().absolute())
         model = Path(self.model).expanduser()
         if self.model != "embedded" and not self.model.startswith("random:") and model.exists():
             changes["model"] = str(model.absolute())

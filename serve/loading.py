@@ -1,16 +1,20 @@
-"""From settings to a session of the core: the model, and the store opened with its fingerprint."""
+"""From settings to sessions of the core: the model, and the store opened with its fingerprint."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from kvlink_core.fingerprint import Fingerprint
 from kvlink_core.linking import get_linker, linker_names
-from kvlink_core.models import load_model
+from kvlink_core.models import LoadedModel
 from kvlink_core.models.describe import describe_model
 from kvlink_core.session import Session
 from kvlink_core.store import DocumentStore
+from kvlink_core.store.lifecycle import StoreKeeper
 from serve.config import ServiceConfig
+from serve.keys import read_keys
+from serve.namespaces import Namespaces, Opened
 from serve.wire import ModelCard
 
 
@@ -19,8 +23,10 @@ def check(settings: ServiceConfig) -> None:
 
     Raises:
         KVLinkError: an unknown linker; with ``settings.check`` also a missing model or store, or a store that holds
-            caches of another model.
+            caches of another model, or a keys file that cannot be used.
     """
+    if settings.keys is not None and settings.check:
+        read_keys(Path(settings.keys))
     if settings.linker is not None:
         get_linker(settings.linker)
     if settings.check:
@@ -28,8 +34,8 @@ def check(settings: ServiceConfig) -> None:
         open_store(settings, model.fingerprint)
 
 
-def open_store(settings: ServiceConfig, fingerprint: Fingerprint) -> DocumentStore | None:
-    """The store, if one is configured.
+def open_store(settings: ServiceConfig, fingerprint: Fingerprint, namespace: str | None = None) -> DocumentStore | None:
+    """The store, if one is configured, in a namespace or that of the settings.
 
     Raises:
         StoreError: it does not exist, does not answer, or holds caches of another model.
@@ -39,28 +45,45 @@ def open_store(settings: ServiceConfig, fingerprint: Fingerprint) -> DocumentSto
     return DocumentStore.open(
         settings.store,
         fingerprint=fingerprint,
-        namespace=settings.namespace,
+        namespace=namespace or settings.namespace,
         codec=settings.codec,
         storage_options=settings.storage_options or None,
     )
 
 
-def open_session(settings: ServiceConfig) -> Session:
-    """Load the model, open the store, and make room for the tiers.
+def open_keeper(settings: ServiceConfig) -> StoreKeeper:
+    """The store as the documents deployment sees it: all namespaces. Raises ``StoreError``."""
+    assert settings.store is not None
+    return StoreKeeper.open(settings.store, storage_options=settings.storage_options or None)
+
+
+def open_namespaces(settings: ServiceConfig, model: LoadedModel) -> Namespaces:
+    """The namespaces of a replica. Where there are no keys its only one is opened now, to see that it can be.
 
     Raises:
-        KVLinkError: as ``check``, and whatever only loading shows.
+        KVLinkError: as ``open_store``.
     """
-    model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
-    session = Session(model, open_store(settings, model.fingerprint), settings.tiers.settings())
-    if settings.tiers.recompute == "auto":
-        session.calibrate()
-    return session
+
+    def open_one(namespace: str) -> Opened:
+        store = open_store(settings, model.fingerprint, namespace)
+        session = Session(model, store, settings.tiers.settings())
+        if settings.tiers.recompute == "auto":
+            session.calibrate()
+
+        def close() -> None:
+            session.close()
+            if store is not None:
+                store.close()
+
+        return Opened(session, store, close)
+
+    namespaces = Namespaces(open_one, most=settings.engine.max_namespaces)
+    with namespaces.use(settings.namespace):
+        return namespaces
 
 
-def model_card(session: Session, settings: ServiceConfig) -> ModelCard:
-    """What this session serves."""
-    model = session.model
+def model_card(model: LoadedModel, settings: ServiceConfig) -> ModelCard:
+    """What is served."""
     return ModelCard(
         id=model.name,
         created=int(time.time()),
@@ -68,4 +91,5 @@ def model_card(session: Session, settings: ServiceConfig) -> ModelCard:
         fingerprint=model.fingerprint.digest,
         linkers=linker_names(),
         default_linker=settings.linker or model.default_linker,
+        by_place=model.layout.template.by_place,
     )

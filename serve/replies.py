@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from serve.wire import ModelCard, Report
+from serve.wire import ErrorType, ModelCard, Report, WireLogprob
 
 FinishReason = Literal["stop", "length"]
 
@@ -45,6 +45,27 @@ class KVLinkOut(BaseModel):
     documents: list[DocumentOut]
 
 
+class TopLogprob(BaseModel):
+    """One of the most likely tokens at a place."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the answer, and the most likely ones at its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(BaseModel):
+    """Natural logarithms of probabilities, before temperature and cuts."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
 class AnswerMessage(BaseModel):
     """The answer."""
 
@@ -58,7 +79,7 @@ class Choice(BaseModel):
 
     index: Literal[0] = 0
     message: AnswerMessage
-    logprobs: None = None
+    logprobs: Logprobs | None = None
     finish_reason: FinishReason
 
 
@@ -87,7 +108,7 @@ class ChunkChoice(BaseModel):
 
     index: Literal[0] = 0
     delta: Delta
-    logprobs: None = None
+    logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
 
 
@@ -108,7 +129,7 @@ class ErrorDetail(BaseModel):
     """OpenAI's error object."""
 
     message: str
-    type: Literal["invalid_request_error", "server_error", "overloaded_error"]
+    type: ErrorType
     param: str | None
     code: str
 
@@ -167,6 +188,23 @@ def extension_of(report: Report) -> KVLinkOut:
     )
 
 
+def logprobs_of(logprobs: tuple[WireLogprob, ...]) -> Logprobs | None:
+    """As chat completions have them; ``None`` for none."""
+    if not logprobs:
+        return None
+    return Logprobs(
+        content=[
+            TokenLogprob(
+                token=each.token,
+                logprob=each.logprob,
+                bytes=list(each.bytes),
+                top_logprobs=[TopLogprob(token=t.token, logprob=t.logprob, bytes=list(t.bytes)) for t in each.top],
+            )
+            for each in logprobs
+        ]
+    )
+
+
 def model_of(card: ModelCard) -> ModelOut:
     """The card as ``/v1/models`` shows it."""
     return ModelOut(
@@ -192,13 +230,16 @@ class ChunkWriter:
         }
         self._include_usage = include_usage
 
-    def role(self) -> bytes:
-        """The first chunk."""
+    def start(self) -> bytes:
+        """The first chunk: whose turn it is."""
         return self._event([ChunkChoice(index=0, delta=Delta(role="assistant", content=""), finish_reason=None)])
 
-    def content(self, text: str) -> bytes:
+    def content(self, text: str, logprobs: tuple[WireLogprob, ...] = ()) -> bytes:
         """A piece of the answer."""
-        return self._event([ChunkChoice(index=0, delta=Delta(content=text), finish_reason=None)])
+        choice = ChunkChoice(index=0, delta=Delta(content=text), finish_reason=None)
+        if logprobs:
+            choice.logprobs = logprobs_of(logprobs)
+        return self._event([choice])
 
     def finish(self, reason: FinishReason, report: Report) -> bytes:
         """The chunk that ends the answer, then the one with the usage if it was asked for."""

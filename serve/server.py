@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from contextvars import copy_context
 from dataclasses import asdict
 from typing import TypeVar
 
@@ -19,19 +21,26 @@ import torch
 
 from kvlink_core.engine import SamplingParams
 from kvlink_core.errors import KVLinkError
+from kvlink_core.models import LoadedModel, load_model
 from kvlink_core.session import Answer, AnswerRequest, Session
 from kvlink_core.store.tiers import TIERS
 from kvlink_core.types import Document, DocumentRef, Message, check_document_id
+from serve import logs
+from serve.adding import DocumentAdder, no_store
 from serve.config import ServiceConfig
-from serve.loading import model_card, open_session
+from serve.loading import model_card, open_namespaces
 from serve.metrics import Metrics, PrometheusMetrics
+from serve.namespaces import Namespaces, Opened
+from serve.tracing import NoTracer, Tracer, make_tracer
 from serve.wire import (
     ApiError,
     DocumentReport,
     EngineRequest,
     Event,
     Failed,
+    JobDocument,
     ModelCard,
+    NewDocument,
     Piece,
     Report,
     WireDocument,
@@ -51,7 +60,7 @@ class _Steps:
         self._since: float | None = None
 
     def submit(self, step: Callable[[], T]) -> Future[T]:
-        return self._thread.submit(self._timed, step)
+        return self._thread.submit(copy_context().run, self._timed, step)  # the context knows the request's id
 
     @property
     def busy_s(self) -> float:
@@ -71,25 +80,38 @@ class EngineServer:
     """Answers requests with one model over one store.
 
     Args:
-        session: the core's session.
+        namespaces: the sessions of the core, by namespace.
         card: what is served.
         metrics: where to report.
         stuck_after_s: a step older than this fails the health check.
         linker: for requests that name none; ``None`` for the model's own.
+        tracer: where finished requests are traced.
     """
 
     def __init__(
-        self, session: Session, card: ModelCard, metrics: Metrics, *, stuck_after_s: float, linker: str | None = None
+        self,
+        namespaces: Namespaces,
+        card: ModelCard,
+        metrics: Metrics,
+        *,
+        stuck_after_s: float,
+        linker: str | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
-        self._session = session
+        self._namespaces = namespaces
+        self._tracer = tracer or NoTracer()
+        self._adder: DocumentAdder | None = None
         self._card = card
         self._metrics = metrics
         self._stuck_after_s = stuck_after_s
         self._linker = linker
         self._steps = _Steps()
         self._running = 0
-        self._counted = session.counters.as_dict()
         self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+
+    def takes_documents(self, model: LoadedModel, *, chunk_tokens: int, places: int) -> None:
+        """From now on, documents can be added."""
+        self._adder = DocumentAdder(model, self._steps.submit, chunk_tokens=chunk_tokens, places=places)
 
     async def card(self) -> ModelCard:
         """What is served."""
@@ -111,13 +133,16 @@ class EngineServer:
         Never raises for a request: a fault is a last event ``Failed``.
         """
         arrived = time.monotonic()
+        logs.REQUEST_ID.set(request.request_id)
         answer: Future[Answer] | None = None
+        entered = ExitStack()
         self._running += 1
         self._metrics.running(self._running)
         try:
+            session = (await self._enter(request.namespace, entered)).session
             if self._running > 1:  # it has to wait for its turn: its documents need not
-                self._ahead.submit(self._prefetch, request)
-            answer = self._steps.submit(lambda: self._start(request))
+                self._ahead.submit(copy_context().run, self._prefetch, session, request)
+            answer = self._steps.submit(lambda: self._start(session, request))
             started = await asyncio.wrap_future(answer)
             ttft_s = time.monotonic() - arrived
             self._metrics.first_token(started.linker, ttft_s)
@@ -141,30 +166,53 @@ class EngineServer:
             self._metrics.running(self._running)
             if answer is not None:
                 answer.add_done_callback(self._drop)
+            entered.close()
 
-    def _start(self, request: EngineRequest) -> Answer:
-        """On the computing thread: everything up to the first token."""
+    async def add_documents(
+        self, namespace: str, documents: Sequence[NewDocument]
+    ) -> tuple[JobDocument, ...] | ApiError:
+        """Encode documents and store them in a namespace; how each fared, or why none was stored."""
         try:
-            answer = self._session.start(self._core_request(request))
+            with ExitStack() as entered:
+                store = (await self._enter(namespace, entered)).store
+                if store is None or self._adder is None:
+                    raise no_store()
+                return await self._adder.add(store, documents)
+        except Exception as error:  # as in generate
+            fault = api_error(error)
+            logger.log(logging.ERROR if fault.status >= 500 else logging.INFO, "cannot add documents", exc_info=error)
+            return fault
+
+    async def _enter(self, namespace: str, entered: ExitStack) -> Opened:
+        """A namespace, until ``entered`` is closed. Opening one reads its catalog, which must not hold up the loop."""
+        use = self._namespaces.use(namespace)
+        if self._namespaces.is_open(namespace):
+            return entered.enter_context(use)
+        return await asyncio.to_thread(entered.enter_context, use)
+
+    def _start(self, session: Session, request: EngineRequest) -> Answer:
+        """On the computing thread: everything up to the first token."""
+        counted = session.counters.as_dict()
+        try:
+            answer = session.start(self._core_request(request))
         finally:
-            before, self._counted = self._counted, self._session.counters.as_dict()
-            changes = {name: now - before[name] for name, now in self._counted.items()}
+            changes = {name: now - counted[name] for name, now in session.counters.as_dict().items()}
             self._metrics.lookup(
                 requested_tokens=changes["requested_tokens"],
                 hit_tokens={tier: changes[f"hit_tokens_{tier}"] for tier in TIERS},
                 corrupt_payloads=changes["corrupt_payloads"],
             )
-            if (stats := self._session.tier_stats) is not None:
+            if (stats := session.tier_stats) is not None:
                 self._metrics.tiers(stats)
         for document in answer.documents:
             if document.origin == "reencoded-corrupt":
                 _log("corrupt_payload", logging.WARNING, request.request_id, document_id=document.id)
         return answer
 
-    def _prefetch(self, request: EngineRequest) -> None:
+    def _prefetch(self, session: Session, request: EngineRequest) -> None:
         """Beside the computing thread: begin to load what ``_start`` will want."""
         try:
-            self._session.prefetch(self._core_request(request))
+            session.prefetch(self._core_request(request))
         except KVLinkError as error:  # said when its turn comes
             logger.debug("request %s: nothing to prefetch: %s", request.request_id, error)
 
@@ -191,6 +239,7 @@ class EngineServer:
             documents=tuple(DocumentReport(d.id, d.tokens, d.origin) for d in answer.documents),
         )
         self._metrics.finished(report, seconds)
+        self._tracer.answered(request, report, seconds)
         _log(
             "answered",
             logging.INFO,
@@ -229,19 +278,25 @@ class EngineReplica(EngineServer):
 
     def __init__(self, config: dict[str, object]) -> None:
         settings = ServiceConfig.model_validate(config)
+        logs.install()
         torch.set_num_threads(settings.engine.torch_threads or max(1, int(settings.engine.num_cpus)))
         try:
-            session = open_session(settings)
+            model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+            namespaces = open_namespaces(settings, model)
+            tracer = make_tracer(settings.tracing)
         except KVLinkError as error:
             # The text of this reaches `serve status` and the console; the class would only add noise.
             raise RuntimeError(f"KVLink cannot start: {error}") from None
         super().__init__(
-            session,
-            model_card(session, settings),
+            namespaces,
+            model_card(model, settings),
             PrometheusMetrics(),
             stuck_after_s=settings.engine.stuck_after_s,
             linker=settings.linker,
+            tracer=tracer,
         )
+        if settings.store is not None:
+            self.takes_documents(model, chunk_tokens=settings.engine.chunk_tokens, places=settings.engine.places)
 
 
 def _core_document(document: WireDocument) -> Document | DocumentRef:

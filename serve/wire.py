@@ -18,7 +18,15 @@ from kvlink_core.errors import (
     UnknownDocumentError,
 )
 
-ErrorType = Literal["invalid_request_error", "server_error", "overloaded_error"]
+ErrorType = Literal[
+    "invalid_request_error", "authentication_error", "permission_error", "server_error", "overloaded_error"
+]
+
+#: Whose documents a service without keys serves.
+DEFAULT_NAMESPACE = "default"
+
+#: The role of a message that is the prompt itself, as ``kvlink_core.prompt`` has it (which brings torch).
+PROMPT_ROLE = "prompt"
 
 #: Text of every error whose cause is ours: the log has the details, the client the request id.
 INTERNAL_MESSAGE = "the service failed to answer; the log holds the cause under this response's x-request-id."
@@ -39,6 +47,10 @@ class ApiError:
         """OpenAI's coarse class of the error."""
         if self.status in (429, 503):
             return "overloaded_error"
+        if self.status == 401:
+            return "authentication_error"
+        if self.status == 403:
+            return "permission_error"
         return "invalid_request_error" if self.status < 500 else "server_error"
 
     def body(self) -> dict[str, dict[str, str | None]]:
@@ -105,7 +117,13 @@ class WireSampling:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One validated request. Without ``stream`` the whole answer comes as one piece."""
+    """One validated request. Without ``stream`` the whole answer comes as one piece.
+
+    Attributes:
+        namespace: whose documents it may use; the caller's key says so, never the request.
+        logprobs: report each token's log probability and those of this many most likely ones; ``None`` for neither.
+        traceparent: W3C trace context of the caller, if it sent one.
+    """
 
     request_id: str
     messages: tuple[WireMessage, ...]
@@ -113,6 +131,15 @@ class EngineRequest:
     linker: str | None
     sampling: WireSampling
     stream: bool
+    namespace: str = DEFAULT_NAMESPACE
+    logprobs: int | None = None
+    traceparent: str | None = None
+
+    @property
+    def document_names(self) -> tuple[str, ...]:
+        """What tells its documents apart without tokenising them: ids, and texts where there is none."""
+        added = (d for message in self.messages for d in message.documents)
+        return tuple(d.id if d.id is not None else f"{d.title}\0{d.text}" for d in (*added, *self.documents))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +178,29 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
+class WireLogprob:
+    """A token and the natural logarithm of its probability; ``bytes`` are its UTF-8, which may be part of a character.
+
+    ``top`` has the most likely tokens at its place, the most likely first; theirs are empty.
+    """
+
+    token: str
+    logprob: float
+    bytes: tuple[int, ...]
+    top: tuple[WireLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of the answer; ``finish_reason`` and ``report`` are set on the last one."""
+    """A piece of the answer; ``finish_reason`` and ``report`` are set on the last one.
+
+    ``logprobs``: one entry for each token since the last piece, where the request asked for them.
+    """
 
     text: str
     finish_reason: Literal["stop", "length"] | None = None
     report: Report | None = None
+    logprobs: tuple[WireLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +215,7 @@ Event = Piece | Failed
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What an engine replica serves."""
+    """What an engine replica serves. ``by_place``: caches are tied to a document's place in the prompt."""
 
     id: str
     created: int
@@ -179,3 +223,75 @@ class ModelCard:
     fingerprint: str
     linkers: tuple[str, ...]
     default_linker: str
+    by_place: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NewDocument:
+    """A document to be stored."""
+
+    id: str
+    text: str
+    title: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """What was stored of a document: itself, one of its chunks, or its copy for a place of a prompt."""
+
+    id: str
+    tokens: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentEntry:
+    """A stored document as its namespace sees it: all its parts together.
+
+    Attributes:
+        tokens, nbytes: of all parts; of a document tied to places, of its copy for the first of them.
+        chunks: how many it was cut into; its id is then ``id#0`` and so on in a request.
+        places: for how many places of a prompt it is stored; ``None`` where it fits any.
+        created_at: seconds since 1970.
+        tiers: where its caches are now, the fastest first; ``None`` where that is not known.
+    """
+
+    id: str
+    tokens: int
+    nbytes: int
+    chunks: int
+    places: int | None
+    created_at: int
+    tiers: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentPage:
+    """Documents sorted by id, and whether more follow."""
+
+    documents: tuple[DocumentEntry, ...]
+    has_more: bool
+
+
+JobStatus = Literal["queued", "running", "done", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class JobDocument:
+    """How far one document of a job is; ``error`` says why it failed, ``parts`` what was stored."""
+
+    id: str
+    status: JobStatus
+    parts: tuple[StoredPart, ...] = ()
+    error: ApiError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Documents that are being stored. ``status`` is ``failed`` when one of them failed and none is left to do."""
+
+    id: str
+    status: JobStatus
+    created_at: int
+    finished_at: int | None
+    documents: tuple[JobDocument, ...]

@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from kvlink_core.errors import KVLinkError
+from serve import binding
+from serve.binding import check_binding
 from serve.check import check_file, main
 from serve.config import ServiceConfig, StartupError
 
@@ -56,6 +58,7 @@ def test_a_dumped_configuration_is_read_back_the_same() -> None:
         ({"store": "x", "engine.num_cpus": "-1"}, "setting 'engine.num_cpus': Input should be greater"),
         ({"store": "x", "engine.num_cpus": "nan"}, "setting 'engine.num_cpus': Input should be a finite number"),
         ({"store": "x", "engine.autoscaling.min_replicas": "2"}, "min_replicas (2) is larger than max_replicas (1)"),
+        ({"store": "x", "keys": "k", "allow_anonymous": "true"}, "keys and allow_anonymous exclude each other"),
         (
             {"store": "x", "ingress.max_tokens": "64"},
             "sampling.max_tokens (128) is larger than ingress.max_tokens (64)",
@@ -122,6 +125,8 @@ def test_shipped_configurations_are_sound(path: Path, tmp_path: Path) -> None:
         ({"args": {"engine": ["x"]}}, "setting 'engine'"),
         ({"args": {"engine": {1: 2}}}, "setting 'engine"),
         ({"args": {"stroe": "x"}}, "unknown setting 'stroe'"),
+        ({"args": {"check": False}, "http_options": {"host": "0.0.0.0"}}, "would listen on 0.0.0.0"),
+        ({"args": {"keys": "/nonexistent/keys"}}, "cannot read the keys file"),
         ({"args": {"linker": "glue"}}, "unknown linker 'glue'"),
         ({"args": {"store": "/nonexistent/store"}}, "no KVLink store"),
         ({"args": {"model": "/nonexistent/model"}}, "no model at"),
@@ -175,3 +180,36 @@ def test_the_store_comes_from_the_environment_when_the_settings_do_not_say(monke
     monkeypatch.delenv("KVLINK_STORE")
     with pytest.raises(StartupError, match="store"):
         ServiceConfig.model_validate({})
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.9.1", True),
+        ("::1", True),
+        ("localhost", True),
+        (None, True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("192.168.1.7", False),
+        ("example.com", False),
+    ],
+)
+def test_beyond_loopback_the_service_wants_keys(host: str | None, loopback: bool) -> None:
+    config = ServiceConfig.model_validate({"store": "x"})
+    if loopback:
+        check_binding(config, host)
+    else:
+        with pytest.raises(StartupError, match=r"serve\.keys create"):
+            check_binding(config, host)
+    check_binding(config.model_copy(update={"keys": "k"}), host)
+    check_binding(config.model_copy(update={"allow_anonymous": True}), host)
+
+
+def test_serve_s_own_word_on_the_host_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding, "DEFAULT_HTTP_HOST", None)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    assert binding.serve_host() == "127.0.0.1"
+    monkeypatch.setattr(binding, "DEFAULT_HTTP_HOST", "0.0.0.0")
+    assert binding.serve_host() == "0.0.0.0"

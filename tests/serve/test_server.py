@@ -16,6 +16,7 @@ from kvlink_core.session import AnswerRequest, Timings, Usage
 from kvlink_core.store.resolver import Counters, ResolvedDocument
 from kvlink_core.store.tiers import CacheStats
 from kvlink_core.types import Document, DocumentRef
+from serve.namespaces import Namespaces, Opened
 from serve.server import EngineServer
 from serve.wire import (
     EngineRequest,
@@ -118,7 +119,11 @@ class RecordedMetrics:
 
 def serving(session: ScriptedSession, **options: Any) -> tuple[EngineServer, RecordedMetrics]:
     metrics = RecordedMetrics()
-    return EngineServer(session, CARD, metrics, **({"stuck_after_s": 60.0} | options)), metrics  # type: ignore[arg-type]
+    opened: Any = session
+    namespaces = Namespaces(lambda name: Opened(opened, None, lambda: None), most=1)
+    with namespaces.use("default"):
+        pass
+    return EngineServer(namespaces, CARD, metrics, **({"stuck_after_s": 60.0} | options)), metrics
 
 
 async def collect(server: EngineServer, asked: EngineRequest) -> list[Event]:

@@ -1,0 +1,44 @@
+"""Whether the service may listen where it is told to: beyond loopback only with keys, or if told to do without."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import ray
+from ray.serve._private.constants import DEFAULT_HTTP_HOST
+from ray.serve.context import _get_global_client
+
+from serve.config import ServiceConfig, StartupError
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether only this machine reaches ``host``. ``None`` is no HTTP at all."""
+    if host is None or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name: who knows what it resolves to elsewhere
+        return False
+
+
+def serve_host() -> str | None:
+    """Where Serve's proxies listen: those of the Serve that runs, else of one started without a word on it."""
+    client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    if client is not None:
+        host: str | None = client.http_config.host
+        return host
+    return DEFAULT_HTTP_HOST or "127.0.0.1"
+
+
+def check_binding(config: ServiceConfig, host: str | None) -> None:
+    """Refuse to listen on ``host`` without keys, unless it is loopback or the settings allow it.
+
+    Raises:
+        StartupError: names the remedies.
+    """
+    if config.keys is None and not config.allow_anonymous and not is_loopback(host):
+        raise StartupError(
+            f"the service would listen on {host}, where others reach it, and has no keys. Make some with "
+            "`python -m serve.keys create` and set keys=FILE; or listen on 127.0.0.1; or, behind a gateway that "
+            "authenticates, set allow_anonymous=true."
+        )
