@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from serve.config import SamplingDefaults
@@ -17,6 +27,7 @@ from serve.fields import (
     check_documents,
     check_off,
     one_or_many,
+    only_off,
     refused,
     wire_documents,
 )
@@ -38,6 +49,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 class CompletionRequest(Body):
     """The body of ``POST /v1/completions``."""
+
+    model_config = ConfigDict(json_schema_extra=only_off(NEUTRAL))
 
     model: Text = Field(min_length=1)
     prompt: Annotated[

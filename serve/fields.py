@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -108,6 +109,16 @@ def check_off(value: JsonValue, neutral: tuple[Any, ...]) -> JsonValue:
     )
 
 
+def only_off(neutral: dict[str, tuple[Any, ...]]) -> Callable[[dict[str, Any]], None]:
+    """For a model's JSON schema: that its unsupported fields take only what means "off"."""
+
+    def change(schema: dict[str, Any]) -> None:
+        for name, values in neutral.items():
+            schema["properties"][name] = {"enum": [*values, None], "description": "Not supported: leave it out."}
+
+    return change
+
+
 def parameter_name(location: tuple[int | str, ...]) -> str | None:
     """``("body", "messages", 0, "role")`` as ``messages[0].role``, the way OpenAI names parameters."""
     name = ""
@@ -130,7 +141,13 @@ def validation_error(faults: list[dict[str, Any]]) -> ApiError:
     if kind == "missing":
         missing = f"missing parameter: {param}" if param else "the body is missing"
         return ApiError(400, missing, "missing_parameter", param)
-    named = {"empty_document", "misplaced_documents", "missing_parameter", "unsupported_parameter"}
+    named = {
+        "duplicate_document",
+        "empty_document",
+        "misplaced_documents",
+        "missing_parameter",
+        "unsupported_parameter",
+    }
     message = f"{param}: {fault['msg']}" if param else str(fault["msg"])
     return ApiError(400, message, kind if kind in named else "invalid_value", param)
 

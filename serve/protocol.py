@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, JsonValue, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from serve.config import SamplingDefaults
@@ -24,6 +24,7 @@ from serve.fields import (
     check_documents,
     check_off,
     one_or_many,
+    only_off,
     parameter_name,
     refused,
     validation_error,
@@ -96,6 +97,8 @@ class ChatMessage(Body):
 
 class ChatCompletionRequest(Body):
     """The body of ``POST /v1/chat/completions``."""
+
+    model_config = ConfigDict(json_schema_extra=only_off(NEUTRAL))
 
     model: Text = Field(min_length=1)
     messages: list[ChatMessage] = Field(min_length=1)

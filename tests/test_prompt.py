@@ -276,3 +276,15 @@ def test_places_are_counted_from_0_or_from_1() -> None:
 def test_a_template_without_a_place_gives_the_same_tokens_anywhere() -> None:
     assert not TEMPLATE.by_place
     assert layout().document_tokens(Document("", "one"), 7) == layout().document_tokens(Document("", "one"))
+
+
+def test_a_prompt_of_its_own_is_continued_as_it_stands() -> None:
+    tokenizer = byte_tokenizer()
+    layout = PromptLayout(tokenizer)
+    begin = layout.frame([Message("prompt", "Once")], documents=0).pieces[0][: -len("Once")]
+    assert list(begin) == tokenizer("a").input_ids[: -len(tokenizer("a", add_special_tokens=False).input_ids)]
+    frame = layout.frame([Message("prompt", "Once", [Document("a", "x")])], documents=1)
+    assert frame.groups == (2,)
+    assert [list(p) for p in frame.pieces] == [list(begin), layout.plain_tokens("Once")]
+    with pytest.raises(InputError):
+        layout.frame([Message("prompt", "Once"), Message("user", "x")], documents=0)

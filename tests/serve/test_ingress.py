@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ import pytest
 
 from serve.config import IngressSettings, SamplingDefaults
 from serve.ingress import create_app
+from serve.keys import KeyRing, create_key
 from serve.wire import (
     ApiError,
     ApiException,
@@ -22,6 +24,9 @@ from serve.wire import (
     ModelCard,
     Piece,
     Report,
+    WireDocument,
+    WireLogprob,
+    WireMessage,
 )
 
 CARD = ModelCard("m", 1_700_000_000, 100, "ab" * 32, ("full", "reposition"), "reposition")
@@ -49,6 +54,7 @@ class ScriptedEngine:
         self.asked: list[EngineRequest] = []
         self.closed = 0
         self.away: ApiError | None = None
+        self.slow_s = 0.0
 
     async def card(self) -> ModelCard:
         return CARD
@@ -61,6 +67,7 @@ class ScriptedEngine:
         self.asked.append(request)
         try:
             for event in self.script:
+                await asyncio.sleep(self.slow_s)
                 if isinstance(event, Exception):
                     raise event
                 yield event
@@ -69,10 +76,10 @@ class ScriptedEngine:
 
 
 def send(
-    engine: ScriptedEngine, path: str, *, method: str = "POST", limit: int = 2**20, **request: Any
+    engine: ScriptedEngine, path: str, *, method: str = "POST", limits: dict[str, Any] | None = None, **request: Any
 ) -> httpx.Response:
     async def go() -> httpx.Response:
-        app = create_app(engine, IngressSettings(max_body_bytes=limit), SamplingDefaults())
+        app = create_app(engine, IngressSettings(**({"max_body_bytes": 2**20} | (limits or {}))), SamplingDefaults())
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
             return await client.request(method, path, **request)
@@ -301,3 +308,161 @@ def test_openapi_tells_what_happens() -> None:
         place: Any = page
         for name in reference.strip("/").split("/"):
             place = place[name]
+
+
+LOGPROBS = (
+    WireLogprob("In", -0.5, (73, 110), (WireLogprob("In", -0.5, (73, 110)), WireLogprob("At", -1.5, (65, 116)))),
+    WireLogprob(" Oslo", -0.25, (32, 79), ()),
+)
+LIKELY: list[Event] = [Piece("In", logprobs=LOGPROBS[:1]), Piece(" Oslo", "stop", REPORT, LOGPROBS[1:])]
+CONTENT = [
+    {
+        "token": "In",
+        "logprob": -0.5,
+        "bytes": [73, 110],
+        "top_logprobs": [
+            {"token": "In", "logprob": -0.5, "bytes": [73, 110]},
+            {"token": "At", "logprob": -1.5, "bytes": [65, 116]},
+        ],
+    },
+    {"token": " Oslo", "logprob": -0.25, "bytes": [32, 79], "top_logprobs": []},
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities(stream: bool) -> None:
+    engine = ScriptedEngine(LIKELY)
+    response = send(engine, CHAT, json=ASK | {"logprobs": True, "top_logprobs": 2, "stream": stream})
+    if stream:
+        choices = [c["choices"][0] for c in events(response)[:-1]]
+        found = [entry for c in choices if c.get("logprobs") for entry in c["logprobs"]["content"]]
+    else:
+        found = response.json()["choices"][0]["logprobs"]["content"]
+    assert found == CONTENT
+    assert engine.asked[0].logprobs == 2
+    assert send(engine, CHAT, json=ASK | {"logprobs": True}).status_code == 200
+    assert engine.asked[1].logprobs == 0
+    assert send(engine, CHAT, json=ASK | {"top_logprobs": 2}).status_code == 400
+
+
+TEXT = "/v1/completions"
+CONTINUE = {"model": "m", "prompt": "Where"}
+
+
+def test_text_completion() -> None:
+    engine = ScriptedEngine(LIKELY)
+    body = send(engine, TEXT, json=CONTINUE | {"logprobs": 2, "documents": [{"id": "a"}], "stop": "x"}).json()
+    assert body["object"] == "text_completion"
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "text": "In Oslo",
+            "logprobs": {
+                "tokens": ["In", " Oslo"],
+                "token_logprobs": [-0.5, -0.25],
+                "top_logprobs": [{"In": -0.5, "At": -1.5}, {}],
+                "text_offset": [0, 2],
+            },
+            "finish_reason": "stop",
+        }
+    ]
+    (asked,) = engine.asked
+    assert (asked.messages, asked.documents) == ((WireMessage("prompt", "Where"),), (WireDocument("a"),))
+    assert (asked.sampling.stop, asked.logprobs) == (("x",), 2)
+
+
+def test_a_stream_of_text() -> None:
+    response = send(ScriptedEngine(), TEXT, json=CONTINUE | {"stream": True, "stream_options": {"include_usage": True}})
+    *chunks, done = events(response)
+    assert done == "[DONE]"
+    assert [c["choices"][0]["text"] for c in chunks if c["choices"]] == ["In ", "Oslo.", ""]
+    assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
+    assert chunks[-1]["usage"]["total_tokens"] == 32
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"prompt": ""}, "empty_question", "prompt"),
+        ({"prompt": ["a", "b"]}, "invalid_value", "prompt"),
+        ({"prompt": [1, 2]}, "invalid_value", "prompt"),
+        ({"prompt": 7}, "invalid_value", "prompt"),
+        ({"echo": True}, "unsupported_parameter", "echo"),
+        ({"best_of": 2}, "unsupported_parameter", "best_of"),
+        ({"suffix": "x"}, "unsupported_parameter", "suffix"),
+        ({"logprobs": 6}, "invalid_value", "logprobs"),
+        ({"messages": []}, "unknown_parameter", "messages"),
+        ({"max_tokens": 10**9}, "invalid_value", "max_tokens"),
+    ],
+)
+def test_text_completions_that_are_refused(fields: dict[str, Any], code: str, param: str) -> None:
+    error = send(ScriptedEngine(), TEXT, json=CONTINUE | fields).json()["error"]
+    assert (error["code"], error["param"]) == (code, param)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_takes_too_long_is_ended(stream: bool) -> None:
+    engine = ScriptedEngine()
+    engine.slow_s = 0.2
+    late = send(engine, CHAT, json=ASK | {"stream": stream}, limits={"request_timeout_s": 0.05})
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "request_timeout")
+    assert engine.closed == 1
+    late = send(engine, CHAT, json=ASK | {"stream": stream}, limits={"request_timeout_s": 0.3})
+    if stream:
+        assert late.status_code == 200
+        assert events(late)[-1]["error"]["code"] == "request_timeout"
+        assert "[DONE]" not in late.text
+    else:
+        assert late.status_code == 504
+    assert engine.closed == 2
+
+
+def test_request_ids_go_to_the_engine_and_back() -> None:
+    engine = ScriptedEngine()
+    assert send(engine, CHAT, json=ASK, headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    refused = send(engine, CHAT, json={}, headers={"x-request-id": "mine-2"})
+    assert (refused.status_code, refused.headers["x-request-id"]) == (400, "mine-2")
+    made = send(engine, CHAT, json=ASK).headers["x-request-id"]
+    assert [r.request_id for r in engine.asked] == ["mine-1", made]
+    assert send(engine, CHAT, json=ASK, headers={"x-request-id": "%s/ {}"}).headers["x-request-id"] == "s"
+
+
+def test_pages_of_other_origins_are_let_in_only_if_named() -> None:
+    asked = {"origin": "https://app.example", "access-control-request-method": "POST"}
+    closed = send(ScriptedEngine(), CHAT, method="OPTIONS", headers=asked)
+    assert "access-control-allow-origin" not in closed.headers
+    allowed = {"cors_origins": ["https://app.example"]}
+    opened = send(ScriptedEngine(), CHAT, method="OPTIONS", headers=asked, limits=allowed)
+    assert opened.headers["access-control-allow-origin"] == "https://app.example"
+    other = send(ScriptedEngine(), CHAT, method="OPTIONS", headers=asked | {"origin": "https://x.y"}, limits=allowed)
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_one_key_cannot_take_every_place(tmp_path: Path) -> None:
+    keys = {name: create_key(tmp_path / "keys.json", namespace=name, role="user")[1] for name in ("a", "b")}
+
+    async def go() -> list[int]:
+        engine = ScriptedEngine()
+        engine.slow_s = 0.05
+        limits = IngressSettings(max_ongoing_per_key=2)
+        app = create_app(engine, limits, SamplingDefaults(), keys=KeyRing(tmp_path / "keys.json"))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
+
+            async def ask(who: str) -> httpx.Response:
+                return await client.post(CHAT, json=ASK, headers={"authorization": f"Bearer {keys[who]}"})
+
+            replies = await asyncio.gather(*(ask(who) for who in "aaaab"))
+            full = [r for r in replies if r.status_code == 429]
+            assert all(r.headers["retry-after"] == "1" for r in full)
+            assert all(r.json()["error"]["code"] == "rate_limit_exceeded" for r in full)
+            assert (await ask("a")).status_code == 200  # places are given back
+            return [r.status_code for r in replies]
+
+    statuses = asyncio.run(go())
+    assert sorted(statuses[:4]) == [200, 200, 429, 429]
+    assert statuses[4] == 200
+
+
+def test_without_a_store_documents_cannot_be_kept() -> None:
+    response = send(ScriptedEngine(), "/v1/documents", json={"documents": [{"id": "a", "text": "x"}]})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "no_store")
