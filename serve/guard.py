@@ -103,7 +103,9 @@ class Guard:
         Raises ``ApiException``.
         """
         # A browser asks without its key whether it may ask.
-        if self._keys is None or not scope["path"].startswith(GUARDED) or scope["method"] == "OPTIONS":
+        # Below a route prefix, Serve says the prefix twice: alone, and at the beginning of the path.
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if self._keys is None or not path.startswith(GUARDED) or scope["method"] == "OPTIONS":
             yield self._anonymous
             return
         headers = dict(scope["headers"])

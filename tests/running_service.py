@@ -59,13 +59,21 @@ def add_document(model: LoadedModel, store: DocumentStore, name: str, text: str)
     return rows[0].shard
 
 
-@contextmanager
-def running_service(model: LoadedModel, model_dir: Path, folder: Path) -> Iterator[Service]:
-    """The application of ``serve run serve.app:build_app store=... model=...``, on a free port."""
+def deploy(name: str, route_prefix: str, arguments: dict[str, str]) -> None:
+    """Build and run the application as ``serve run serve.app:build_app`` does; returns when it answers."""
     from ray import serve
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
     from serve.app import build_app
+
+    app = call_user_app_builder_with_args_if_necessary(build_app, arguments)
+    serve.run(app, name=name, route_prefix=route_prefix)
+
+
+@contextmanager
+def running_service(model: LoadedModel, model_dir: Path, folder: Path) -> Iterator[Service]:
+    """The application of ``serve run serve.app:build_app store=... model=...``, on a free port."""
+    from ray import serve
 
     where = folder / "store"
     store = DocumentStore.open(str(where), fingerprint=model.fingerprint, create=True)
@@ -87,8 +95,7 @@ def running_service(model: LoadedModel, model_dir: Path, folder: Path) -> Iterat
         "tiers.recompute": "never",
         "tiers.host_bytes": "64 MiB",
     }
-    app = call_user_app_builder_with_args_if_necessary(build_app, arguments)
-    serve.run(app, name="kvlink")
+    deploy("kvlink", "/", arguments)
     try:
         yield Service(f"http://127.0.0.1:{port}", model, where)
     finally:

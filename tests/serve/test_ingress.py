@@ -466,3 +466,29 @@ def test_one_key_cannot_take_every_place(tmp_path: Path) -> None:
 def test_without_a_store_documents_cannot_be_kept() -> None:
     response = send(ScriptedEngine(), "/v1/documents", json={"documents": [{"id": "a", "text": "x"}]})
     assert (response.status_code, response.json()["error"]["code"]) == (400, "no_store")
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/documents", "//v1/models", "/v1/../v1/models", "/V1/models"])
+@pytest.mark.parametrize("root", ["", "/below"])
+def test_no_way_to_write_a_path_gets_around_the_keys(path: str, root: str, tmp_path: Path) -> None:
+    create_key(tmp_path / "keys.json", namespace="a", role="user")
+
+    async def go() -> int:
+        app = create_app(ScriptedEngine(), IngressSettings(), SamplingDefaults(), keys=KeyRing(tmp_path / "keys.json"))
+        sent: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
+            "path": root + path, "raw_path": (root + path).encode(), "query_string": b"", "root_path": root,
+            "headers": [],
+        }  # fmt: skip
+        await app(scope, receive, send)
+        return int(sent[0]["status"])
+
+    assert asyncio.run(go()) == (401 if path.startswith("/v1/") else 404)
