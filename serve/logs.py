@@ -26,17 +26,15 @@ def install() -> None:
 
 
 class _Stamp:
-    """Makes records that know their request: as a field for JSON, in the text where it does not say it already."""
+    """Makes records that know their request, in the field that Serve's formats show."""
 
     def __init__(self, make: Any) -> None:
         self._make = make
 
     def __call__(self, *args: Any, **fields: Any) -> logging.LogRecord:
+        """A record."""
         record: logging.LogRecord = self._make(*args, **fields)
         request_id = REQUEST_ID.get()
         if request_id and record.name.startswith(_OURS):
             record.request_id = request_id
-            if "request_id=" not in str(record.msg):
-                # An id is letters, digits and -_.: alone (guard.request_id), so it cannot be taken for a format.
-                record.msg = f"{record.msg} request_id={request_id}"
         return record

@@ -136,9 +136,9 @@ def test_a_set_of_documents_goes_to_one_replica(two: Two) -> None:
         spent = [sum(p.cpu_times()[:2]) - b for p, b in zip(processes, before, strict=True)]
         return [s / sum(spent) for s in spent]
 
-    favourites = [max(range(2), key=lambda i, s=shares(name): s[i]) for name in list(TEXTS)[:5]]  # type: ignore[misc]
-    assert max(shares("doc0", "doc1", "doc2")) > 0.8
-    assert set(favourites) == {0, 1}, "all documents at home on one replica: 1 in 16 by chance, but hashes are fixed?"
+    # By chance alone: 1 in 8 for each of them.
+    for ids in (["doc0"], ["doc0", "doc1", "doc2"], ["doc7"]):
+        assert max(shares(*ids)) > 0.75
 
 
 def test_a_killed_replica_loses_no_request(two: Two) -> None:
@@ -166,7 +166,7 @@ def test_a_stream_that_is_cut_ends_with_an_error_event(two: Two) -> None:
             for line in response.iter_lines():
                 if line:
                     lines.append(line)
-                if len(lines) == 4:
+                if line and len(lines) == 4:
                     started.wait(60)
         ended.append(lines)
 
