@@ -17,7 +17,7 @@ from kvlink_core.models import LoadedModel
 from kvlink_core.prompt import Frame, Prompt
 from kvlink_core.store import DocumentStore
 from kvlink_core.store.resolver import Counters, DocumentResolver, Lookup, ResolvedDocument
-from kvlink_core.store.tiers import CacheStats, TierSettings
+from kvlink_core.store.tiers import CacheStats, TieredCache, TierSettings
 from kvlink_core.types import Document, DocumentCache, DocumentRef, Message
 
 
@@ -108,14 +108,15 @@ class Session:
     Args:
         model: the model.
         store: opened with ``model.fingerprint``, or ``None``: then documents must come as text.
-        tiers: where caches are kept between requests; ``None`` keeps none. With them, ``close`` it.
+        tiers: where caches are kept between requests; ``None`` keeps none. With settings, ``close`` it;
+            tiers that it shares with others (``shared_tiers``) stay open.
 
     Raises:
         ConfigError: the memory or the directory of ``tiers`` cannot be had.
     """
 
     def __init__(
-        self, model: LoadedModel, store: DocumentStore | None = None, tiers: TierSettings | None = None
+        self, model: LoadedModel, store: DocumentStore | None = None, tiers: TierSettings | TieredCache | None = None
     ) -> None:
         self.model = model
         self._resolver = DocumentResolver(model, store, tiers)

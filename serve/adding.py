@@ -51,7 +51,6 @@ class DocumentAdder:
         self._submit = submit
         self._limit = min(chunk_tokens, model.context_length // 2)
         self._places = places if model.layout.template.by_place else None
-        self._encoder = DocumentEncoder(model)
 
     async def add(self, store: DocumentStore, documents: Sequence[NewDocument]) -> tuple[JobDocument, ...]:
         """Add documents, all in one shard and one commit. One that cannot be added fails alone.
@@ -62,10 +61,11 @@ class DocumentAdder:
         planned = await asyncio.to_thread(lambda: [self._plan(document) for document in documents])
         parts = [part for plan in planned if not isinstance(plan, ApiError) for part in plan]
         known = await asyncio.to_thread(self._known, store, parts)
+        encoder = DocumentEncoder(self._model, prune=store.pruning)
         caches: dict[str, DocumentCache | ApiError] = {}
         for part in parts:
             if part.digest not in known and part.digest not in caches:
-                caches[part.digest] = await self._encode(part)
+                caches[part.digest] = await self._encode(encoder, part)
         sound = {digest: cache for digest, cache in caches.items() if isinstance(cache, DocumentCache)}
         rows = await asyncio.to_thread(self._write, store, parts, known, sound)
         return tuple(_outcome(document, plan, rows, caches) for document, plan in zip(documents, planned, strict=True))
@@ -98,9 +98,9 @@ class DocumentAdder:
         store.refresh()
         return store.lookup_tokens(part.digest for part in parts)
 
-    async def _encode(self, part: _Part) -> DocumentCache | ApiError:
+    async def _encode(self, encoder: DocumentEncoder, part: _Part) -> DocumentCache | ApiError:
         try:
-            (cache,) = await asyncio.wrap_future(self._submit(lambda: self._encoder.encode([part.token_ids])))
+            (cache,) = await asyncio.wrap_future(self._submit(lambda: encoder.encode([part.token_ids])))
         except Exception as error:  # out of memory, say: this document's fault, not the others'
             logger.error("cannot encode document %r", part.id, exc_info=error)
             return api_error(error)

@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
+from kvlink_core.compress import codec_spec, get_codec
 from kvlink_core.errors import KVLinkError
 from serve import logs
 from serve.binding import check_binding, serve_host
@@ -94,6 +95,7 @@ class DocumentsReplica(DocumentService):
             RayEngine(serve.get_deployment_handle(ENGINE), retry_after_s=retry_after_s),
             lambda: open_keeper(settings),
             settings.documents,
+            codec=codec_spec(get_codec(settings.codec)),
         )
 
 

@@ -12,9 +12,11 @@ from kvlink_core.models.describe import describe_model
 from kvlink_core.session import Session
 from kvlink_core.store import DocumentStore
 from kvlink_core.store.lifecycle import StoreKeeper
+from kvlink_core.store.resolver import shared_tiers
 from serve.config import ServiceConfig
 from serve.keys import read_keys
 from serve.namespaces import Namespaces, Opened
+from serve.payloads import PayloadsOfStores
 from serve.wire import ModelCard
 
 
@@ -64,21 +66,20 @@ def open_namespaces(settings: ServiceConfig, model: LoadedModel) -> Namespaces:
         KVLinkError: as ``open_store``.
     """
 
+    payloads = PayloadsOfStores()
+    sizes = settings.tiers.settings()
+    # One for all namespaces, or each would take as much memory as the replica is told to.
+    tiers = None if sizes is None else shared_tiers(model, sizes, payloads)
+
     def open_one(namespace: str) -> Opened:
         store = open_store(settings, model.fingerprint, namespace)
-        session = Session(model, store, settings.tiers.settings())
-        if settings.tiers.recompute == "auto":
-            session.calibrate()
-
-        def close() -> None:
-            session.close()
-            if store is not None:
-                store.close()
-
-        return Opened(session, store, close)
+        payloads.add(store)
+        return Opened(Session(model, store, tiers), store, close=lambda: payloads.drop(store))
 
     namespaces = Namespaces(open_one, most=settings.engine.max_namespaces)
-    with namespaces.use(settings.namespace):
+    with namespaces.use(settings.namespace) as opened:
+        if settings.tiers.recompute == "auto":
+            opened.session.calibrate()
         return namespaces
 
 

@@ -28,6 +28,7 @@ from kvlink_core.store.resolved import Counters, Lookup, Origin, ResolvedDocumen
 from kvlink_core.store.store import DocumentStore
 from kvlink_core.store.tiered import TieredDocuments
 from kvlink_core.store.tiers import TIERS, CacheStats, Found, TieredCache, TierSettings
+from kvlink_core.store.tiers.loading import Payloads
 from kvlink_core.template import id_at_place
 from kvlink_core.types import Document, DocumentCache, DocumentRef
 
@@ -43,7 +44,7 @@ class DocumentResolver:
         model: encodes what is missing.
         store: opened with the model's fingerprint, or ``None`` to encode everything.
         tiers: where to keep caches, and when to compute instead of loading; ``None`` keeps nothing and always loads.
-            ``close`` then has something to close.
+            ``close`` then has something to close. One of ``shared_tiers`` is used beside others and left open.
         refresh_after: least seconds between two looks for documents that were added or replaced.
 
     Raises:
@@ -54,7 +55,7 @@ class DocumentResolver:
         self,
         model: LoadedModel,
         store: DocumentStore | None = None,
-        tiers: TierSettings | None = None,
+        tiers: TierSettings | TieredCache | None = None,
         *,
         refresh_after: float = 1.0,
     ) -> None:
@@ -66,14 +67,16 @@ class DocumentResolver:
         self._refreshed = time.monotonic()
         self._refresh_lock = threading.Lock()
         self._near: TieredDocuments | None = None
+        self._own: TieredCache | None = None
+        if isinstance(tiers, TierSettings):
+            tiers = self._own = shared_tiers(model, tiers, store)
         if tiers is not None:
-            cache = TieredCache(tiers, device=model.device, payloads=store, accept=self._misfit)
-            self._near = TieredDocuments(cache, store, model.fingerprint.digest)
+            self._near = TieredDocuments(tiers, store, model.fingerprint.digest)
 
     def close(self) -> None:
         """End the tiers' threads and free their memory; the store stays open. It must not be used afterwards."""
-        if self._near is not None:
-            self._near.tiers.close()
+        if self._own is not None:
+            self._own.close()
 
     def calibrate(self) -> None:
         """With tiers, compute a little to learn how long that takes."""
@@ -208,15 +211,7 @@ class DocumentResolver:
             self.counters.add(corrupt_payloads=1)
 
     def _misfit(self, cache: DocumentCache) -> PayloadForeignError | None:
-        """Why a sound payload is not one of this model, if so: its shape would be broadcast, not refused, later on."""
-        keys, values = self.model.recipes.shapes(cache.slots)
-        fits = cache.keys.shape == keys and cache.values.shape == values
-        if fits and cache.keys.dtype == cache.values.dtype == self.model.dtype:
-            return None
-        return PayloadForeignError(
-            f"keys {tuple(cache.keys.shape)} and values {tuple(cache.values.shape)} of {cache.keys.dtype}, where this "
-            f"model has {keys} and {values} of {self.model.dtype}"
-        )
+        return misfit(self.model, cache)
 
     def _token_ids(self, row: CatalogRow) -> list[int]:
         assert self.store is not None
@@ -288,3 +283,29 @@ def _origin(found: Found) -> Origin:
     if found.tier is not None:
         return found.tier
     return "reencoded-corrupt" if found.refused is not None else "encoded"
+
+
+def misfit(model: LoadedModel, cache: DocumentCache) -> PayloadForeignError | None:
+    """Why a sound payload is not one of this model, if so: its shape would be broadcast, not refused, later on."""
+    keys, values = model.recipes.shapes(cache.slots)
+    fits = cache.keys.shape == keys and cache.values.shape == values
+    if fits and cache.keys.dtype == cache.values.dtype == model.dtype:
+        return None
+    return PayloadForeignError(
+        f"keys {tuple(cache.keys.shape)} and values {tuple(cache.values.shape)} of {cache.keys.dtype}, where this "
+        f"model has {keys} and {values} of {model.dtype}"
+    )
+
+
+def shared_tiers(model: LoadedModel, settings: TierSettings, payloads: Payloads | None) -> TieredCache:
+    """Tiers for the resolvers of several namespaces of one model; ``close`` them after those.
+
+    Args:
+        model: theirs.
+        settings: sizes and times, over all of them.
+        payloads: gives the payload of any row that they look up.
+
+    Raises:
+        ConfigError: the memory or the directory cannot be had.
+    """
+    return TieredCache(settings, device=model.device, payloads=payloads, accept=lambda cache: misfit(model, cache))
