@@ -108,7 +108,7 @@ def test_rendered_resources_are_whole(rendered: tuple[str, Path]) -> None:
         assert len(places) == 1
         assert store.startswith(places.pop() + "/")
     else:
-        assert {v["name"] for v in volumes} == {"shm"}
+        assert {v["name"] for v in volumes} == {"keys", "shm"}
         assert {m["name"] for m in mounts} == {"shm"}
     for kind in resources.keys() - {"RayJob", "RayService"}:
         kubernetes_validate.validate(resources[kind], "1.31", strict=True)

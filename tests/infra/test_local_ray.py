@@ -24,6 +24,8 @@ import pytest
 import yaml
 from processes import free_ports, kill_tree
 
+from serve.keys import create_key
+
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,15 +115,18 @@ def test_the_job_then_the_service(pod: Pod, rayjob: Any, rayservice: Any) -> Non
         waited, _ = waiting.communicate(timeout=60)
     assert waiting.returncode == 0, waited
 
-    # What the operator sends.
-    config = yaml.safe_load(rayservice["spec"]["serveConfigV2"])
+    # What the operator sends; the keys are where a Secret would be.
+    _, key = create_key(pod.code / "keys.json", namespace="default", role="user")
+    sent = rayservice["spec"]["serveConfigV2"].replace("/etc/kvlink/keys/keys.json", str(pod.code / "keys.json"))
+    config = yaml.safe_load(sent)
     # A small model computes about as fast as it reads: this is to show that it can read.
     config["applications"][0]["args"]["tiers"] = {"recompute": "never"}
     pod.api("PUT", "/api/serve/applications/", json=config).raise_for_status()
     wait_for(lambda: running(pod, "kvlink"), 180, lambda: pod.api("GET", "/api/serve/applications/").text)
 
     asked = json.loads((ROOT / "examples" / "questions.jsonl").read_text().splitlines()[0])
-    with httpx.Client(base_url=pod.serve, timeout=60) as client:
+    assert httpx.get(f"{pod.serve}/v1/models", timeout=60).status_code == 401
+    with httpx.Client(base_url=pod.serve, timeout=60, headers={"authorization": f"Bearer {key}"}) as client:
         body = {
             "model": client.get("/v1/models").json()["data"][0]["id"],
             "messages": [{"role": "user", "content": asked["question"]}],
