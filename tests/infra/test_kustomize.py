@@ -109,7 +109,7 @@ def test_rendered_resources_are_whole(rendered: tuple[str, Path]) -> None:
         assert store.startswith(places.pop() + "/")
     else:
         assert {v["name"] for v in volumes} == {"keys", "shm"}
-        assert {m["name"] for m in mounts} == {"shm"}
+        assert {m["name"] for m in mounts} == {"keys", "shm"}
     for kind in resources.keys() - {"RayJob", "RayService"}:
         kubernetes_validate.validate(resources[kind], "1.31", strict=True)
 
