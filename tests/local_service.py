@@ -75,7 +75,8 @@ class LocalDocuments:
 def local_app(model: LoadedModel, where: Path, **settings: Any) -> FastAPI:
     """The application over the store at ``where``, which is made if need be. To be used in one event loop."""
     DocumentStore.open(str(where), fingerprint=model.fingerprint, create=True).close()
-    config = ServiceConfig.model_validate({"store": str(where), **settings})
+    # A tiny model computes about as fast as it reads: never, so that it is known where a cache comes from.
+    config = ServiceConfig.model_validate({"store": str(where), "tiers.recompute": "never", **settings})
     server = EngineServer(
         open_namespaces(config, model), model_card(model, config), Quiet(), stuck_after_s=60.0, linker=config.linker
     )

@@ -94,6 +94,8 @@ def two(
             "store": str(folder / "store"),
             "model": str(tiny_model_dir),
             "keys": str(folder / "keys.json"),
+            "tiers.recompute": "never",
+            "tiers.host_bytes": "64MiB",
             "engine.num_cpus": "0.5",
             "engine.max_running": "8",
             "engine.max_waiting": "64",
