@@ -17,7 +17,7 @@ from kvlink_core.models import LoadedModel
 from kvlink_core.prompt import Frame, Prompt
 from kvlink_core.store import DocumentStore
 from kvlink_core.store.resolver import Counters, DocumentResolver, Lookup, ResolvedDocument
-from kvlink_core.store.tiers import CacheStats, TieredCache, TierSettings
+from kvlink_core.store.tiers import CacheStats, Tier, TieredCache, TierSettings
 from kvlink_core.types import Document, DocumentCache, DocumentRef, Message
 
 
@@ -138,6 +138,10 @@ class Session:
     def calibrate(self) -> None:
         """With tiers, compute a little to learn how long that takes, before the first request has to guess."""
         self._resolver.calibrate()
+
+    def tiers_of(self, ids: Sequence[str]) -> list[Tier]:
+        """Where stored documents are now: the tiers that hold all of them, the store last; none if one is unknown."""
+        return self._resolver.tiers_of(ids)
 
     def prefetch(self, request: AnswerRequest) -> None:
         """Begin to load what ``start`` will load, and return: for a request that has to wait for its turn.

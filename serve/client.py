@@ -108,6 +108,11 @@ class RayEngine:
         added: tuple[JobDocument, ...] = _checked(await self._ask("add_documents", namespace, tuple(documents)))
         return added
 
+    async def document_tiers(self, namespace: str, ids: Sequence[str]) -> tuple[str, ...]:
+        """The tiers of the replica that is these documents' home. Raises ``ApiException``."""
+        tiers: tuple[str, ...] = _checked(await self._ask("document_tiers", namespace, tuple(ids)))
+        return tiers
+
     async def generate(self, request: EngineRequest) -> AsyncGenerator[Event, None]:
         """Events of one request. Closing or cancelling it cancels the replica's side too.
 

@@ -13,9 +13,10 @@ import secrets
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
+from kvlink_core.chunking import CHUNK_SEPARATOR
 from kvlink_core.errors import UnknownDocumentError
 from kvlink_core.store.lifecycle import Scope, StoreKeeper, delete
 from serve.listing import Listing
@@ -53,6 +54,10 @@ class Encoders(Protocol):
 
     async def add_documents(self, namespace: str, documents: Sequence[NewDocument]) -> tuple[JobDocument, ...]:
         """Encode and store. Raises ``ApiException`` when none was."""
+        ...
+
+    async def document_tiers(self, namespace: str, ids: Sequence[str]) -> tuple[str, ...]:
+        """The tiers that hold all of these. Raises ``ApiException``."""
         ...
 
 
@@ -155,9 +160,19 @@ class DocumentService:
         """One document."""
         try:
             found = (await self._listing(namespace)).find(document_id)
-            return found if found is not None else _unknown(document_id)
+            if found is None:
+                return _unknown(document_id)
+            return replace(found, tiers=await self._tiers(namespace, found))
         except Exception as error:  # as in page
             return _fault("find a document", error)
+
+    async def _tiers(self, namespace: str, found: DocumentEntry) -> tuple[str, ...] | None:
+        """Where a document is, as its home replica says; ``None`` where none says."""
+        ids = [found.id] if found.chunks == 1 else [f"{found.id}{CHUNK_SEPARATOR}{n}" for n in range(found.chunks)]
+        try:
+            return await self._engine.document_tiers(namespace, ids) or None
+        except ApiException:
+            return None
 
     async def delete(self, namespace: str, document_id: str) -> DocumentEntry | ApiError:
         """Take a document and its parts out of the catalog; returns what it was."""

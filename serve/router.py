@@ -89,6 +89,6 @@ def documents_of(pending_request: Any) -> tuple[str, ...]:
     args = (*pending_request.args, *pending_request.kwargs.values())
     if args and isinstance(args[0], EngineRequest):
         return tuple(f"{args[0].namespace}\0{name}" for name in args[0].document_names)
-    if len(args) == 2 and isinstance(args[1], tuple):  # add_documents
-        return tuple(f"{args[0]}\0{d.id}" for d in args[1] if isinstance(d, NewDocument))
+    if len(args) == 2 and isinstance(args[1], tuple):  # add_documents, document_tiers
+        return tuple(f"{args[0]}\0{d.id if isinstance(d, NewDocument) else d}" for d in args[1])
     return ()

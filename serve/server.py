@@ -183,6 +183,15 @@ class EngineServer:
             logger.log(logging.ERROR if fault.status >= 500 else logging.INFO, "cannot add documents", exc_info=error)
             return fault
 
+    async def document_tiers(self, namespace: str, ids: Sequence[str]) -> tuple[str, ...] | ApiError:
+        """Where stored documents are, as this replica sees it: the tiers that hold all of them."""
+        try:
+            with ExitStack() as entered:
+                session = (await self._enter(namespace, entered)).session
+                return tuple(await asyncio.to_thread(session.tiers_of, ids))
+        except Exception as error:  # as in generate
+            return api_error(error)
+
     async def _enter(self, namespace: str, entered: ExitStack) -> Opened:
         """A namespace, until ``entered`` is closed. Opening one reads its catalog, which must not hold up the loop."""
         use = self._namespaces.use(namespace)

@@ -53,6 +53,12 @@ class LocalEngine:
             raise ApiException(answer)
         return answer
 
+    async def document_tiers(self, namespace: str, ids: Sequence[str]) -> tuple[str, ...]:
+        answer = await self.server.document_tiers(namespace, ids)
+        if isinstance(answer, ApiError):
+            raise ApiException(answer)
+        return answer
+
 
 class LocalDocuments:
     """A ``DocumentsClient`` that is the deployment itself."""

@@ -27,7 +27,7 @@ from kvlink_core.store.catalog import CatalogRow
 from kvlink_core.store.resolved import Counters, Lookup, Origin, ResolvedDocument
 from kvlink_core.store.store import DocumentStore
 from kvlink_core.store.tiered import TieredDocuments
-from kvlink_core.store.tiers import TIERS, CacheStats, Found, TieredCache, TierSettings
+from kvlink_core.store.tiers import TIERS, CacheKey, CacheStats, Found, Tier, TieredCache, TierSettings
 from kvlink_core.store.tiers.loading import Payloads
 from kvlink_core.template import id_at_place
 from kvlink_core.types import Document, DocumentCache, DocumentRef
@@ -246,6 +246,19 @@ class DocumentResolver:
         ]
         self._count(resolved)
         return ordered, resolved
+
+    def tiers_of(self, ids: Sequence[str]) -> list[Tier]:
+        """The tiers, the store among them, that each hold all of some stored documents, the fastest first.
+
+        Where documents are stored for places, it is the copy for the first one that counts.
+        """
+        self._refresh()
+        stored = [self._stored_id(i, 0) for i in ids]
+        rows = self._known(stored)
+        if not ids or any(i not in rows for i in stored):
+            return []
+        near = [self._near.tiers.where(CacheKey.of(rows[i])) if self._near is not None else [] for i in stored]
+        return [tier for tier in TIERS if tier == "store" or all(tier in found for found in near)]
 
     def prefetch(self, lookup: Lookup) -> None:
         """Begin to load what ``load`` would load, and return; nothing without tiers."""

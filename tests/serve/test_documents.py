@@ -91,6 +91,8 @@ def test_a_document_is_added_found_asked_replaced_and_dropped(api: Api) -> None:
     assert reply["choices"][0]["message"]["content"] == api.expected("The mill stands by the river.")
     assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == found["tokens"]
 
+    assert api.call("GET", "/documents/a%2Fb%20c").json()["tiers"] == ["host", "store"]
+
     assert api.add({"id": "a/b c", "text": "The mill has burnt down."})["status"] == "done"
     deadline = time.monotonic() + 10
     while api.ask("a/b c").json()["choices"][0]["message"]["content"] != api.expected("The mill has burnt down."):
@@ -196,6 +198,9 @@ class Encoders:
         if self.faults:
             raise ApiException(self.faults.pop())
         return tuple(JobDocument(d.id, "done") for d in documents)
+
+    async def document_tiers(self, namespace: str, ids: Sequence[str]) -> tuple[str, ...]:
+        raise ApiException(ApiError(503, "away", "engine_unavailable"))
 
 
 def run(tmp_path: Path, model: LoadedModel, work: Any, **settings: Any) -> Encoders:

@@ -92,6 +92,7 @@ def test_documents_of_a_call() -> None:
     assert documents_of(pending(request=request("a"))) == ("default\0a",)
     assert documents_of(pending(request("a", namespace="acme"))) == ("acme\0a",)
     assert documents_of(pending("acme", (NewDocument("a", "x"),))) == ("acme\0a",)
+    assert documents_of(pending("acme", ("a", "b"))) == ("acme\0a", "acme\0b")
     assert documents_of(pending()) == documents_of(None) == ()
     turns = (WireMessage("user", "q", (WireDocument("m"), WireDocument(None, "text"))),)
     asked = EngineRequest("r", turns, (WireDocument("a"),), None, SAMPLING, True)

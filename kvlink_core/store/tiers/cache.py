@@ -141,6 +141,11 @@ class TieredCache:
 
     # Looking up
 
+    def where(self, key: CacheKey) -> list[Tier]:
+        """The tiers near the model that hold a document, the fastest first; looking does not count as use."""
+        disk: list[Tier] = ["disk"] if self._disk is not None and key in self._disk else []
+        return [*self._memories.where(key), *disk]
+
     def fetch(self, wanted: Iterable[Wanted]) -> dict[CacheKey, Found]:
         """Each document's cache, or why it has to be computed; by key. Raises nothing that concerns the store.
 

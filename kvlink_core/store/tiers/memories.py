@@ -38,6 +38,11 @@ class Memories:
     def __contains__(self, key: CacheKey) -> bool:
         return any(k in tier for k in (key, key.computed()) for tier in (self.device, self.host) if tier is not None)
 
+    def where(self, key: CacheKey) -> list[Tier]:
+        """The memory tiers that hold a document, the fastest first; looking does not count as use."""
+        named: tuple[tuple[Tier, MemoryTier | None], ...] = (("device", self.device), ("host", self.host))
+        return [n for n, tier in named if tier is not None and any(k in tier for k in (key, key.computed()))]
+
     def get(self, key: CacheKey, *, promote: bool = True) -> Found | None:
         """The cache of ``key``, or the same document's as it was computed here, which loses nothing to a codec.
 
