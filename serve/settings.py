@@ -35,7 +35,6 @@ class IngressSettings(Settings):
 class RouterSettings(Settings):
     """Which engine replica gets a request; serve/router.py says how."""
 
-    #: 1.25 is where Mirrokni, Thorup and Zadimoghaddam (arXiv 1608.01350) put the knee of hits against balance.
     load_factor: float = Field(
         default=1.25, ge=1, description="a replica is passed over that has more than this times the mean of requests"
     )
