@@ -117,6 +117,7 @@ def _ingress_builder(config: ServiceConfig) -> Callable[[], FastAPI]:
             keys=KeyRing(Path(config.keys)) if config.keys else None,
             namespace=config.namespace,
             metrics=PrometheusHttpMetrics(),
+            echo_ids=False,
         )
 
     return build

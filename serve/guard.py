@@ -9,7 +9,7 @@ import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from fastapi import Request
@@ -42,10 +42,18 @@ class Guard:
         keys: who may ask; ``None`` lets everybody in as ``anonymous``.
         anonymous: who they then are.
         metrics: where to report.
+        echo_ids: whether to say the request's id in the response; Serve's proxy does it itself.
     """
 
     def __init__(
-        self, app: ASGIApp, *, limits: IngressSettings, keys: KeyRing | None, anonymous: Caller, metrics: HttpMetrics
+        self,
+        app: ASGIApp,
+        *,
+        limits: IngressSettings,
+        keys: KeyRing | None,
+        anonymous: Caller,
+        metrics: HttpMetrics,
+        echo_ids: bool = True,
     ) -> None:
         self._app = app
         self._max_body_bytes = limits.max_body_bytes
@@ -55,6 +63,7 @@ class Guard:
         self._keys = keys
         self._anonymous = anonymous
         self._metrics = metrics
+        self._echo_ids = echo_ids
         self._ongoing: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,7 +88,10 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), *_headers(name, message.get("headers", ()))]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    *_headers(name if self._echo_ids else None, message.get("headers", ())),
+                ]
             await send(message)
 
         try:
@@ -149,10 +161,12 @@ def request_id(scope: Scope) -> str:
     return str(state["request_id"])
 
 
-def _headers(name: str, given: object) -> list[tuple[bytes, bytes]]:
+def _headers(request_id: str | None, given: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """The request's id, unless it stands there already, and that browsers must not guess at types."""
-    present = {key.lower() for key, _ in given}  # type: ignore[attr-defined]
-    ours = [(b"x-request-id", name.encode()), (b"x-content-type-options", b"nosniff")]
+    present = {key.lower() for key, _ in given}
+    ours = [(b"x-content-type-options", b"nosniff")]
+    if request_id is not None:
+        ours.append((b"x-request-id", request_id.encode()))
     return [(key, value) for key, value in ours if key not in present]
 
 

@@ -59,6 +59,7 @@ def create_app(
     keys: KeyRing | None = None,
     namespace: str = DEFAULT_NAMESPACE,
     metrics: HttpMetrics | None = None,
+    echo_ids: bool = True,
 ) -> FastAPI:
     """The FastAPI application.
 
@@ -70,6 +71,7 @@ def create_app(
         keys: who may ask; ``None`` lets everybody ask and change documents.
         namespace: of those without keys.
         metrics: where to report; ``None`` for nowhere.
+        echo_ids: whether responses say the request's id; behind Serve's proxy, which does it, they need not.
     """
     metrics = metrics or NoHttpMetrics()
     app = FastAPI(
@@ -87,7 +89,9 @@ def create_app(
             allow_headers=["authorization", "content-type", "x-request-id"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(Guard, limits=limits, keys=keys, anonymous=Caller(namespace, admin=True), metrics=metrics)
+    app.add_middleware(
+        Guard, limits=limits, keys=keys, anonymous=Caller(namespace, admin=True), metrics=metrics, echo_ids=echo_ids
+    )
     app.add_exception_handler(ApiException, on_api_exception)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http_exception)

@@ -116,8 +116,8 @@ def test_the_job_then_the_service(pod: Pod, rayjob: Any, rayservice: Any) -> Non
     assert waiting.returncode == 0, waited
 
     # What the operator sends; the keys are where a Secret would be.
-    _, key = create_key(pod.code / "keys.json", namespace="default", role="user")
-    sent = rayservice["spec"]["serveConfigV2"].replace("/etc/kvlink/keys/keys.json", str(pod.code / "keys.json"))
+    _, key = create_key(pod.cwd / "keys.json", namespace="default", role="user")
+    sent = rayservice["spec"]["serveConfigV2"].replace("/etc/kvlink/keys/keys.json", str(pod.cwd / "keys.json"))
     config = yaml.safe_load(sent)
     # A small model computes about as fast as it reads: this is to show that it can read.
     config["applications"][0]["args"]["tiers"] = {"recompute": "never"}
