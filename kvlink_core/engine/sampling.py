@@ -11,6 +11,7 @@ from kvlink_core.errors import SamplingError
 
 MAX_STOP_STRINGS = 16
 MAX_NEW_TOKENS = 1_000_000
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class SamplingParams:
         seed: makes sampling reproducible; ``None`` draws one.
         max_tokens: tokens to generate at most.
         stop: strings at which the answer ends; they are not part of it.
+        logprobs: report each token's log probability and those of this many most likely ones; ``None`` for neither.
     """
 
     temperature: float = 0.0
@@ -32,6 +34,7 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int = 128
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
 
     def validate(self) -> None:
         """Refuse what has no meaning.
@@ -53,6 +56,25 @@ class SamplingParams:
             )
         if len(self.stop) > MAX_STOP_STRINGS or any(not s for s in self.stop):
             raise SamplingError(f"stop takes at most {MAX_STOP_STRINGS} strings, none empty.", param="stop")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise SamplingError(
+                f"log probabilities of 0 to {MAX_LOGPROBS} tokens can be had at each step, not {self.logprobs}.",
+                param="logprobs",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely a token was: natural logarithms of the model's own probabilities, before temperature and cuts.
+
+    Attributes:
+        logprob: of the token that was chosen.
+        top: token ids and theirs, the most likely first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Sampler:
@@ -65,6 +87,16 @@ class Sampler:
             self._generator.seed()
         else:
             self._generator.manual_seed(params.seed)
+
+    def logprobs(self, logits: torch.Tensor, token: int) -> tuple[TokenLogprobs, ...]:
+        """Of a token that was chosen from ``logits``: one entry, or none where they are not asked for."""
+        count = self.params.logprobs
+        if count is None:
+            return ()
+        logs = torch.log_softmax(logits.double(), dim=-1)
+        values, ids = logs.topk(min(count, logs.shape[-1]))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        return (TokenLogprobs(token, float(logs[token]), top),)
 
     def sample(self, logits: torch.Tensor) -> int:
         """The next token from float32 logits ``[vocabulary]``; not changed."""

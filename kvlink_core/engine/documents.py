@@ -1,0 +1,185 @@
+"""The documents that running requests read: each is held once, however many read it.
+
+A document comes from a cache, whose keys are rotated once to the document's own positions, or is encoded here, a chunk
+in each step, so that nobody waits for it but those who asked for it. One that nobody reads is kept until its memory is
+needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kvlink_core.engine.memory import Budget
+from kvlink_core.fingerprint import digest_of_tokens
+from kvlink_core.models import LoadedModel
+from kvlink_core.models.flat_plan import Segment, Slots, Span
+from kvlink_core.types import DocumentCache
+
+
+class SharedDocument:
+    """A document that is read by ``readers`` requests.
+
+    Attributes:
+        token_ids: its tokens.
+        segment: its keys and values; complete when ``ready``.
+        cache: of one that was encoded here for requests that copy it: as the encoder would have made it.
+        number: of the request that asked for it first.
+    """
+
+    def __init__(self, key: tuple[str, str], token_ids: Sequence[int], segment: Segment, number: int) -> None:
+        self.key = key
+        self.number = number
+        self.token_ids = token_ids
+        self.segment = segment
+        self.readers = 0
+        self.cache: DocumentCache | None = None
+        self.encoded = len(token_ids)  # how many of its tokens are there
+        self._slots: Slots | None = None
+        self._unrotated: torch.Tensor | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be read."""
+        return self.encoded == len(self.token_ids)
+
+    def begin(self, model: LoadedModel) -> None:
+        """Start to encode it."""
+        self.encoded = 0
+        segment, tokens = self.segment, len(self.token_ids)
+        positions = torch.arange(tokens, device=model.device)[None]
+        self._slots = Slots(segment.keys[:, None], segment.values[:, None], positions)
+        self._unrotated = torch.empty_like(segment.keys)
+
+    def span(self, count: int) -> Span:
+        """The next ``count`` tokens of one that is being encoded: they see their own document only."""
+        assert self._slots is not None
+        at = range(self.encoded, self.encoded + count)
+        return Span(
+            token_ids=self.token_ids[at.start : at.stop],
+            positions=at,
+            slots=at,
+            memory=self._slots,
+            lane=0,
+            wants_logits=False,
+            unrotated=self._unrotated,
+        )
+
+    def advance(self, model: LoadedModel, count: int) -> DocumentCache | None:
+        """``count`` more tokens were computed; returns its cache when these were the last."""
+        self.encoded += count
+        if not self.ready:
+            return None
+        assert self._unrotated is not None
+        keys, values = self._unrotated, self.segment.values
+        # The rotation of a document that is loaded: in float32, whatever the model's forward pass does.
+        tables = model.rotary.tables(torch.arange(len(self.token_ids), device=model.device))
+        model.rotary.place(keys, values, tables, self.segment.keys, values)
+        self._slots = self._unrotated = None
+        return DocumentCache(torch.tensor(self.token_ids, dtype=torch.int64), keys, values)
+
+
+class SharedDocuments:
+    """All documents in the memory of one engine. Not thread-safe.
+
+    Args:
+        model: the model of all of them.
+        budget: what they may take.
+    """
+
+    def __init__(self, model: LoadedModel, budget: Budget) -> None:
+        self._model = model
+        self._budget = budget
+        self._documents: dict[tuple[str, str], SharedDocument] = {}
+        (layers, heads, _, key_dim), (*_, value_dim) = model.recipes.shapes(1)
+        self._key_bytes = layers * heads * key_dim * model.dtype.itemsize
+        self._value_bytes = layers * heads * value_dim * model.dtype.itemsize
+
+    def nbytes(self, tokens: int, *, encode: bool) -> int:
+        """What a document takes of the budget: while it is encoded, its keys are there twice."""
+        return tokens * (self._key_bytes * (2 if encode else 1) + self._value_bytes + (8 if encode else 0))
+
+    def encoding(self) -> list[SharedDocument]:
+        """Those being encoded, the longest waiting first."""
+        return [d for d in self._documents.values() if not d.ready]
+
+    @property
+    def readers(self) -> int:
+        """References held by requests, over all documents."""
+        return sum(d.readers for d in self._documents.values())
+
+    @staticmethod
+    def key(token_ids: Sequence[int], cache: DocumentCache | None, *, copied: bool = False) -> tuple[str, str]:
+        """What tells documents apart. What was loaded may be of a codec that loses something, so it is another one."""
+        return digest_of_tokens(token_ids), "given" if cache is not None else "copied" if copied else "encoded"
+
+    def open(
+        self, key: tuple[str, str], token_ids: Sequence[int], cache: DocumentCache | None, number: int
+    ) -> SharedDocument | None:
+        """Read a document from now on; ``None`` where the budget has no room for it.
+
+        Args:
+            key: its ``key``.
+            token_ids: its tokens.
+            cache: to take it from, or ``None`` to encode it.
+            number: of the request.
+        """
+        document = self._documents.get(key)
+        if document is None:
+            document = self._make(key, token_ids, cache, number)
+            if document is None:
+                return None
+        elif not document.readers:
+            self._budget.wake(document)
+        document.readers += 1
+        return document
+
+    def close(self, document: SharedDocument) -> None:
+        """No longer read it."""
+        document.readers -= 1
+        assert document.readers >= 0
+        if document.readers:
+            return
+        if not document.ready:
+            self._forget(document)
+            self._budget.give(self.nbytes(len(document.token_ids), encode=True))
+            return
+        if document.cache is not None:  # nobody else wants its unrotated keys
+            self._forget(document)
+            document.cache = None
+            self._budget.give(self.nbytes(len(document.token_ids), encode=True))
+            return
+        held = self.nbytes(len(document.token_ids), encode=False)
+        self._budget.rest(document, held, lambda: self._forget(document))
+
+    def advance(self, document: SharedDocument, count: int) -> DocumentCache | None:
+        """``count`` more tokens of a document were computed; returns its cache when these were the last."""
+        cache = document.advance(self._model, count)
+        if cache is not None:
+            if document.key[1] == "copied":
+                document.cache = cache
+            else:
+                tokens = len(document.token_ids)
+                self._budget.give(self.nbytes(tokens, encode=True) - self.nbytes(tokens, encode=False))
+        return cache
+
+    def _make(
+        self, key: tuple[str, str], token_ids: Sequence[int], cache: DocumentCache | None, number: int
+    ) -> SharedDocument | None:
+        model, tokens = self._model, len(token_ids)
+        if not self._budget.take(self.nbytes(tokens, encode=cache is None)):
+            return None
+        shapes = model.recipes.shapes(tokens)
+        keys, values = (torch.empty(shape, dtype=model.dtype, device=model.device) for shape in shapes)
+        document = SharedDocument(key, token_ids, Segment(keys, values), number)
+        if cache is None:
+            document.begin(model)
+        else:
+            tables = model.rotary.tables(torch.arange(tokens, device=model.device))
+            model.rotary.place(cache.keys.to(model.device), cache.values.to(model.device), tables, keys, values)
+        self._documents[key] = document
+        return document
+
+    def _forget(self, document: SharedDocument) -> None:
+        del self._documents[document.key]
