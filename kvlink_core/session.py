@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from kvlink_core.engine import Generation, SamplingParams, TokenEvent
+from kvlink_core.engine import Generation, GenerationRequest, SamplingParams, TokenEvent
 from kvlink_core.errors import PromptTooLongError
 from kvlink_core.linking import Linker, get_linker
 from kvlink_core.models import LoadedModel
@@ -54,6 +54,26 @@ class Timings:
     link_s: float
     prefill_s: float
     ttft_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request looked up and loaded, for an engine to answer.
+
+    Attributes:
+        request: for ``Engine.submit``; documents that no store had are left for the engine to encode.
+        linker: its name.
+        documents: where they came from.
+        cached_tokens: of the prompt, taken from caches.
+        lookup_s, load_s: seconds that it took.
+    """
+
+    request: GenerationRequest
+    linker: str
+    documents: list[ResolvedDocument]
+    cached_tokens: int
+    lookup_s: float
+    load_s: float
 
 
 class Answer:
@@ -181,6 +201,32 @@ class Session:
             cached,
             resolved,
             Timings(looked_up - started, loaded - looked_up, linked_at - loaded, done - linked_at, done - started),
+        )
+
+    def prepare(self, request: AnswerRequest) -> Prepared:
+        """Everything of a request that is not computing: what ``start`` does before it links. For engines.
+
+        Raises:
+            InputError, StoreUnavailableError: as ``start``.
+        """
+        started = time.perf_counter()
+        linker, lookup, frame, max_tokens = self._plan(request)
+        looked_up = time.perf_counter()
+        caches: list[DocumentCache | None] = []
+        if linker.uses_caches and lookup.ids:
+            caches, resolved = self._resolver.find(lookup)
+        else:
+            lengths = zip(lookup.ids, lookup.lengths, strict=True)
+            resolved = [ResolvedDocument(i, n, None) for i, n in lengths]
+        prompt = self._prompt(frame, linker, self._resolver.fill_tokens(lookup))
+        sampling = replace(request.sampling, max_tokens=max_tokens)
+        return Prepared(
+            GenerationRequest(prompt, linker, sampling, caches),
+            linker.name,
+            resolved,
+            sum(r.tokens for r in resolved if r.origin == "store"),
+            looked_up - started,
+            time.perf_counter() - looked_up,
         )
 
     def _plan(self, request: AnswerRequest) -> tuple[Linker, Lookup, Frame, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from kvlink_core.engine import EngineSettings
 from kvlink_core.fingerprint import Fingerprint
 from kvlink_core.linking import get_linker, linker_names
 from kvlink_core.models import load_model
@@ -56,6 +57,17 @@ def open_session(settings: ServiceConfig) -> Session:
     if settings.tiers.recompute == "auto":
         session.calibrate()
     return session
+
+
+def engine_settings(settings: ServiceConfig) -> EngineSettings:
+    """What the engine of a replica takes on."""
+    engine = settings.engine
+    return EngineSettings(
+        kv_bytes=engine.kv_bytes,
+        max_running=engine.max_running,
+        step_tokens=engine.step_tokens,
+        stretch=engine.step_stretch,
+    )
 
 
 def model_card(session: Session, settings: ServiceConfig) -> ModelCard:

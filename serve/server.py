@@ -1,29 +1,30 @@
 """The engine replica: it holds the model and the store, and turns a request into events.
 
-One thread does all the computing. A request's first token is one step, each further token another, and the steps of
-concurrent requests queue for that thread, so they take turns and nothing in the core is entered twice. The event
-loop stays free: health checks are answered while the thread computes.
+Looking up, reading from the store and laying out a prompt happen in a few threads of their own; all computing happens
+in one (``engine_loop``), which steps the engine: requests join between steps and share each of them. The event loop
+stays free: health checks are answered while a step runs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import TypeVar
 
 import torch
 
-from kvlink_core.engine import SamplingParams
+from kvlink_core.engine import Engine, SamplingParams
 from kvlink_core.errors import KVLinkError
-from kvlink_core.session import Answer, AnswerRequest, Session
+from kvlink_core.session import AnswerRequest, Prepared, Session
 from kvlink_core.store.tiers import TIERS
 from kvlink_core.types import Document, DocumentRef, Message, check_document_id
 from serve.config import ServiceConfig
-from serve.loading import model_card, open_session
+from serve.engine_loop import EngineLoop, Steps, Stream
+from serve.loading import engine_settings, model_card, open_session
 from serve.metrics import Metrics, PrometheusMetrics
 from serve.wire import (
     ApiError,
@@ -40,38 +41,16 @@ from serve.wire import (
 
 logger = logging.getLogger("ray.serve")
 
-T = TypeVar("T")
-
-
-class _Steps:
-    """The computing thread, and since when it has been busy with the step at hand."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-        self._since: float | None = None
-
-    def submit(self, step: Callable[[], T]) -> Future[T]:
-        return self._thread.submit(self._timed, step)
-
-    @property
-    def busy_s(self) -> float:
-        """Age of the step at hand."""
-        since = self._since
-        return 0.0 if since is None else time.monotonic() - since
-
-    def _timed(self, step: Callable[[], T]) -> T:
-        self._since = time.monotonic()
-        try:
-            return step()
-        finally:
-            self._since = None
+#: Requests that are looked up and loaded at the same time: enough to hide what a store waits for.
+_LOADING_THREADS = 4
 
 
 class EngineServer:
     """Answers requests with one model over one store.
 
     Args:
-        session: the core's session.
+        session: looks requests up.
+        engine: computes; touched by nobody else from now on.
         card: what is served.
         metrics: where to report.
         stuck_after_s: a step older than this fails the health check.
@@ -79,17 +58,30 @@ class EngineServer:
     """
 
     def __init__(
-        self, session: Session, card: ModelCard, metrics: Metrics, *, stuck_after_s: float, linker: str | None = None
+        self,
+        session: Session,
+        engine: Steps,
+        card: ModelCard,
+        metrics: Metrics,
+        *,
+        stuck_after_s: float,
+        linker: str | None = None,
     ) -> None:
         self._session = session
         self._card = card
         self._metrics = metrics
         self._stuck_after_s = stuck_after_s
         self._linker = linker
-        self._steps = _Steps()
+        self._loading = ThreadPoolExecutor(_LOADING_THREADS, thread_name_prefix="load")
+        self._engine = EngineLoop(engine, metrics.engine)
         self._running = 0
+        self._counting = threading.Lock()
         self._counted = session.counters.as_dict()
-        self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+
+    def close(self) -> None:
+        """End the threads; requests that run are dropped."""
+        self._engine.close()
+        self._loading.shutdown()
 
     async def card(self) -> ModelCard:
         """What is served."""
@@ -102,32 +94,32 @@ class EngineServer:
 
     async def check_health(self) -> None:
         """Raise when the computing thread is stuck; Serve then replaces the replica."""
-        if self._steps.busy_s > self._stuck_after_s:
-            raise RuntimeError(f"one engine step has been running for {self._steps.busy_s:.0f} s")
+        if self._engine.busy_s > self._stuck_after_s:
+            raise RuntimeError(f"one engine step has been running for {self._engine.busy_s:.0f} s")
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[Event, None]:
-        """Answer one request. Closing or cancelling the generator drops it after the step at hand.
+        """Answer one request. Closing or cancelling the generator frees all it holds before the next step.
 
         Never raises for a request: a fault is a last event ``Failed``.
         """
         arrived = time.monotonic()
-        answer: Future[Answer] | None = None
+        stream: Stream | None = None
         self._running += 1
         self._metrics.running(self._running)
         try:
-            if self._running > 1:  # it has to wait for its turn: its documents need not
-                self._ahead.submit(self._prefetch, request)
-            answer = self._steps.submit(lambda: self._start(request))
-            started = await asyncio.wrap_future(answer)
-            ttft_s = time.monotonic() - arrived
-            self._metrics.first_token(started.linker, ttft_s)
-            tokens, held, sent = iter(started), "", False
-            while True:
-                event = await asyncio.wrap_future(self._steps.submit(lambda: next(tokens, None)))
-                assert event is not None, "an answer ends with a finish reason"
+            loading = self._loading.submit(self._prepare, request)
+            prepared = await asyncio.wrap_future(loading)
+            stream = self._engine.submit(prepared.request)
+            held, ttft_s = "", None
+            async for event in stream:
+                if ttft_s is None:
+                    ttft_s = time.monotonic() - arrived
+                    self._metrics.first_token(prepared.linker, ttft_s)
+                    sent = False
                 held += event.text
                 if event.finish_reason is not None:
-                    report = self._report(request, started, ttft_s, time.monotonic() - arrived)
+                    report = self._report(request, prepared, stream, ttft_s, time.monotonic() - arrived)
+                    stream = None
                     yield Piece(held, event.finish_reason, report)
                     return
                 if request.stream and (held or not sent):
@@ -139,16 +131,17 @@ class EngineServer:
         finally:
             self._running -= 1
             self._metrics.running(self._running)
-            if answer is not None:
-                answer.add_done_callback(self._drop)
+            if stream is not None:
+                self._engine.leave(stream)
 
-    def _start(self, request: EngineRequest) -> Answer:
-        """On the computing thread: everything up to the first token."""
+    def _prepare(self, request: EngineRequest) -> Prepared:
+        """On a loading thread: everything but computing."""
         try:
-            answer = self._session.start(self._core_request(request))
+            prepared = self._session.prepare(self._core_request(request))
         finally:
-            before, self._counted = self._counted, self._session.counters.as_dict()
-            changes = {name: now - before[name] for name, now in self._counted.items()}
+            with self._counting:
+                before, self._counted = self._counted, self._session.counters.as_dict()
+                changes = {name: now - before[name] for name, now in self._counted.items()}
             self._metrics.lookup(
                 requested_tokens=changes["requested_tokens"],
                 hit_tokens={tier: changes[f"hit_tokens_{tier}"] for tier in TIERS},
@@ -156,17 +149,10 @@ class EngineServer:
             )
             if (stats := self._session.tier_stats) is not None:
                 self._metrics.tiers(stats)
-        for document in answer.documents:
+        for document in prepared.documents:
             if document.origin == "reencoded-corrupt":
                 _log("corrupt_payload", logging.WARNING, request.request_id, document_id=document.id)
-        return answer
-
-    def _prefetch(self, request: EngineRequest) -> None:
-        """Beside the computing thread: begin to load what ``_start`` will want."""
-        try:
-            self._session.prefetch(self._core_request(request))
-        except KVLinkError as error:  # said when its turn comes
-            logger.debug("request %s: nothing to prefetch: %s", request.request_id, error)
+        return prepared
 
     def _core_request(self, request: EngineRequest) -> AnswerRequest:
         return AnswerRequest(
@@ -176,19 +162,28 @@ class EngineServer:
             sampling=SamplingParams(**asdict(request.sampling)),
         )
 
-    def _report(self, request: EngineRequest, answer: Answer, ttft_s: float, seconds: float) -> Report:
+    def _report(
+        self, request: EngineRequest, prepared: Prepared, stream: Stream, ttft_s: float, seconds: float
+    ) -> Report:
         """What the finished answer cost; counted and logged."""
-        usage = answer.usage
-        phases = asdict(answer.timings)
+        handle = stream.handle
+        assert handle is not None
+        assert handle.admitted is not None
+        assert handle.first_token is not None
         report = Report(
-            linker=answer.linker,
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            cached_tokens=usage.cached_tokens,
-            computed_tokens=usage.computed_tokens,
+            linker=prepared.linker,
+            prompt_tokens=handle.prompt_tokens,
+            completion_tokens=handle.completion_tokens,
+            cached_tokens=prepared.cached_tokens,
+            computed_tokens=handle.computed_tokens,
             ttft_s=ttft_s,
-            phases_s=tuple((n.removesuffix("_s"), s) for n, s in phases.items() if n != "ttft_s"),
-            documents=tuple(DocumentReport(d.id, d.tokens, d.origin) for d in answer.documents),
+            phases_s=(
+                ("lookup", prepared.lookup_s),
+                ("load", prepared.load_s),
+                ("queue", handle.admitted - handle.submitted),
+                ("prefill", handle.first_token - handle.admitted),
+            ),
+            documents=tuple(DocumentReport(d.id, d.tokens, d.origin) for d in prepared.documents),
         )
         self._metrics.finished(report, seconds)
         _log(
@@ -213,12 +208,6 @@ class EngineServer:
             logger.error("request %s", request.request_id, exc_info=error)
         return fault
 
-    @staticmethod
-    def _drop(answer: Future[Answer]) -> None:
-        """Free an answer that may still be started; one that never started has nothing to free."""
-        if not answer.cancelled() and answer.exception() is None:
-            answer.result().close()
-
 
 class EngineReplica(EngineServer):
     """The deployment: ``EngineServer`` on a model and a store that it loads itself.
@@ -232,11 +221,13 @@ class EngineReplica(EngineServer):
         torch.set_num_threads(settings.engine.torch_threads or max(1, int(settings.engine.num_cpus)))
         try:
             session = open_session(settings)
+            engine = Engine(session.model, engine_settings(settings))
         except KVLinkError as error:
             # The text of this reaches `serve status` and the console; the class would only add noise.
             raise RuntimeError(f"KVLink cannot start: {error}") from None
         super().__init__(
             session,
+            engine,
             model_card(session, settings),
             PrometheusMetrics(),
             stuck_after_s=settings.engine.stuck_after_s,
