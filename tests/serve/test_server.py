@@ -39,7 +39,7 @@ def request(name: str, *, documents: tuple[WireDocument, ...] = (), stream: bool
 
 
 class ScriptedSession:
-    """Records on which thread each step ran, and can be held up or made to fail; ``engine`` computes what it prepares."""
+    """Records what happened on which thread, and can be held up or made to fail; ``engine`` is its engine."""
 
     def __init__(self) -> None:
         self.steps: list[str] = []
