@@ -11,6 +11,7 @@ from kvlink_core import __version__
 from kvlink_core.cli.architectures import architectures
 from kvlink_core.cli.ask import ask
 from kvlink_core.cli.bench import bench_app
+from kvlink_core.cli.bench_serving import bench_serve
 from kvlink_core.cli.common import stderr, stdout
 from kvlink_core.cli.evaluate import eval_app
 from kvlink_core.cli.sample import sample
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+bench_app.command("serve")(bench_serve)
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 app.add_typer(store_app, name="store")

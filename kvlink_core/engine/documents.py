@@ -109,6 +109,13 @@ class SharedDocuments:
         """References held by requests, over all documents."""
         return sum(d.readers for d in self._documents.values())
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that documents take of the budget, idle ones included."""
+        return sum(
+            self.nbytes(len(d.token_ids), encode=not d.ready or d.cache is not None) for d in self._documents.values()
+        )
+
     @staticmethod
     def key(token_ids: Sequence[int], cache: DocumentCache | None, *, copied: bool = False) -> tuple[str, str]:
         """What tells documents apart. What was loaded may be of a codec that loses something, so it is another one."""
