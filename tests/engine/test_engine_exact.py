@@ -107,7 +107,7 @@ def test_a_rotation_that_does_not_compose_takes_the_copying_way(
 
 def test_long_documents_far_apart(tiny_model: LoadedModel) -> None:
     """Queries turned back by a thousand positions."""
-    places = [i % len(TEXTS) for i in range(36)]
+    places = [i % len(TEXTS) for i in range(40)]
     request = request_for(tiny_model, "link-tokens", places, max_tokens=3)
     assert request.prompt.length > 1200
     tokens, logits = greedy(tiny_model.network, request.prompt, 3, isolate=True)

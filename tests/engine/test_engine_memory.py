@@ -84,24 +84,22 @@ def test_a_tight_budget_changes_no_token(tiny_model: LoadedModel, mode: str) -> 
         request_for(tiny_model, "link-tokens", (i % 4, 1), f"Question {i}?", max_tokens=90, temperature=0.8, seed=i)
         for i in range(6)
     ]
-    roomy = Engine(tiny_model, EngineSettings(mode=mode))  # type: ignore[arg-type]
-    most = max(roomy._runner.needs(_task(tiny_model, r)) for r in requests)  # type: ignore[arg-type]
-    engine = Engine(
-        tiny_model,
-        EngineSettings(kv_bytes=int(most * (1.2 if mode == "shared" else 2.2)), mode=mode, step_tokens=40),  # type: ignore[arg-type]
-    )
+    # In place: two documents and a lane of 128 slots, and some more; else a whole prompt and its answer, and half.
+    most = 170_000 if mode == "shared" else 240_000
+    engine = Engine(tiny_model, EngineSettings(kv_bytes=most, mode=mode, step_tokens=40))  # type: ignore[arg-type]
     outcomes = run(engine, requests, arrivals=[0, 0, 1, 2, 3, 5])
     assert [o.token_ids for o in outcomes] == [alone(tiny_model, r).token_ids for r in requests]
     assert engine.stats.kv_peak <= engine.stats.kv_limit
-    if mode == "shared":
+    if mode != "solo":  # there, the whole answer is reserved
         assert engine.stats.preemptions > 0
 
 
 def test_the_youngest_is_pushed_out(tiny_model: LoadedModel) -> None:
     old = request_for(tiny_model, "link-tokens", (0, 1), max_tokens=120)
-    engine = engine_with(tiny_model, 2**24)
-    limit = engine._runner.needs(_task(tiny_model, old)) + lane_bytes(tiny_model, 64, 2**19)  # type: ignore[arg-type]
-    engine = engine_with(tiny_model, limit)
+    tokens = sum(s.end - s.start for s in old.prompt.documents)
+    documents = SharedDocuments(tiny_model, Budget(2**30)).nbytes(tokens, encode=False)
+    # Room for one to grow to the end, beside half of another.
+    engine = engine_with(tiny_model, documents + sum(lane_bytes(tiny_model, slots, 2**17) for slots in (256, 128)))
     first, second = engine.submit(old), engine.submit(old)
     while engine.busy:
         engine.step()
