@@ -25,8 +25,9 @@ class Pace:
     def __init__(self, step_tokens: int, stretch: float | None) -> None:
         self._step_tokens = step_tokens
         self._stretch = stretch
-        self._step_s: float | None = None  # with one decoding token for each running request
-        self._token_s: float | None = None
+        self._step_s: float | None = None  # with one token for each request that decodes
+        self._token_s: float | None = None  # for each token of a prompt
+        self._guessed = True  # no step that only decodes was seen yet
 
     def prefill(self, decoding: int) -> int:
         """Tokens of prompts and documents for a step in which ``decoding`` requests decode."""
@@ -39,13 +40,17 @@ class Pace:
 
     def note(self, seconds: float, *, decoding: int, prefilled: int) -> None:
         """A step took so long."""
-        if decoding and not prefilled:
-            self._step_s = _mixed(self._step_s, seconds)
-        elif prefilled:
-            extra = seconds - (self._step_s or 0.0) if decoding else seconds
-            if decoding and self._step_s is None:
-                return
-            self._token_s = _mixed(self._token_s, max(extra, seconds / 100) / prefilled)
+        if not prefilled:
+            self._step_s = seconds if self._guessed else _mixed(self._step_s, seconds)
+            self._guessed = False
+        elif not decoding:
+            self._token_s = _mixed(self._token_s, seconds / prefilled)
+        elif self._guessed:
+            rest = seconds - prefilled * (self._token_s or 0.0)
+            self._step_s = _mixed(self._step_s, max(rest, seconds / 10))
+        else:
+            rest = seconds - (self._step_s or 0.0)
+            self._token_s = _mixed(self._token_s, max(rest, seconds / 10) / prefilled)
 
 
 def _mixed(old: float | None, new: float) -> float:
