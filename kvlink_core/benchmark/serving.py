@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -20,6 +21,7 @@ from kvlink_core.linking import get_linker
 from kvlink_core.models import LoadedModel
 from kvlink_core.prompt import Prompt, Segment
 from kvlink_core.template import LinkTokens
+from kvlink_core.types import DocumentCache
 
 _NO_STOP = frozenset[int]()
 
@@ -36,6 +38,7 @@ class ServingCase:
         documents, document_tokens: hot ones, all of which every request reads.
         query_tokens, links: tokens of a question, and link tokens after each document.
         answer_tokens: of each answer.
+        own_documents: of each request, where requests share none.
         clients: that keep asking, one request each at a time, where time to first token is measured.
         cold: documents that arrive while others decode.
         repeats: runs of what is compared.
@@ -47,6 +50,7 @@ class ServingCase:
     query_tokens: int = 32
     links: int = 5
     answer_tokens: int = 32
+    own_documents: int = 2
     clients: int = 4
     cold: int = 8
     repeats: int = 7
@@ -106,17 +110,23 @@ class ServingBench:
     def run(self, progress: Progress) -> Measured:
         """All of it."""
         case, clock = self._case, Clock(self._model.device)
-        length = self._linked.length + case.answer_tokens // 2
-        with BareBatch(self._model, batch=case.requests, length=length) as bare:
-            decode = alternate(
-                {
-                    "engine": Work(lambda: self._decode_steps(clock)),
-                    "bare, in place": Work(lambda: {"whole": bare.step(clock, grow=False)}),
-                    "bare, DynamicCache": Work(lambda: {"whole": bare.step(clock, grow=True)}),
-                },
-                case.repeats,
-                progress,
-            )
+        answer = (case.repeats + 1) * _STEPS + case.requests * 8
+        decode: dict[str, list[float]] = {}
+        shared = self._full_batch([self._request("link-tokens", answer) for _ in range(case.requests)])
+        own = self._full_batch([self._own(answer) for _ in range(case.requests)])
+        for what, engine, length in (("", shared, self._linked.length), (", own documents", own, self._own_length)):
+            with BareBatch(self._model, batch=case.requests, length=length + answer // 2) as bare:
+                runs = alternate(
+                    {
+                        f"engine{what}": Work(partial(_steps, engine, clock)),
+                        f"bare in place{what}": Work(partial(_bare, bare, clock, grow=False)),
+                        f"bare DynamicCache{what}": Work(partial(_bare, bare, clock, grow=True)),
+                    },
+                    case.repeats,
+                    progress,
+                )
+            decode |= _seconds(runs)
+            engine.cancel_all()
         rates = alternate(
             {
                 "batch": Work(lambda: {"whole": self._rate(case.requests, case.requests)}),
@@ -130,7 +140,7 @@ class ServingBench:
             "full": self._first_tokens("full", case.clients * 2),
         }
         return Measured(
-            _seconds(decode),
+            decode,
             _seconds(rates),
             first,
             {"with cold documents": self._gaps(case.cold), "without": self._gaps(0)},
@@ -160,18 +170,33 @@ class ServingBench:
     def _tokens(self, count: int) -> list[int]:
         return torch.randint(0, self._model.spec.vocab_size, (count,), generator=self._draw).tolist()
 
-    def _full_batch(self, answer: int) -> Engine:
+    def _own(self, answer: int) -> GenerationRequest:
+        """A question on documents that nobody else reads: what they hold does not matter here."""
+        segments: list[Segment] = []
+        caches = []
+        for place in range(self._case.own_documents):
+            tokens = self._tokens(self._case.document_tokens)
+            start = segments[-1].end if segments else 0
+            segments.append(Segment("document", tuple(tokens), start, place))
+            keys, values = (
+                torch.randn(shape, dtype=self._model.dtype) for shape in self._model.recipes.shapes(len(tokens))
+            )
+            caches.append(DocumentCache(torch.tensor(tokens), keys, values))
+        segments.append(Segment("suffix", tuple(self._tokens(self._case.query_tokens)), segments[-1].end))
+        sampling = SamplingParams(max_tokens=answer)
+        return GenerationRequest(Prompt(tuple(segments)), get_linker("reposition"), sampling, caches, _NO_STOP)
+
+    @property
+    def _own_length(self) -> int:
+        return self._case.own_documents * self._case.document_tokens + self._case.query_tokens
+
+    def _full_batch(self, requests: Sequence[GenerationRequest]) -> Engine:
         """An engine in which all requests decode."""
         engine = Engine(self._model, self._settings)
-        handles = [engine.submit(self._request("link-tokens", answer)) for _ in range(self._case.requests)]
+        handles = [engine.submit(request) for request in requests]
         while any(handle.first_token is None for handle in handles):
             engine.step()
         return engine
-
-    def _decode_steps(self, clock: Clock) -> Mapping[str, float]:
-        engine = self._full_batch(self._case.requests * 8 + _STEPS)
-        engine.step()
-        return {"whole": statistics.median(clock.time(engine.step)[0] for _ in range(_STEPS))}
 
     def _rate(self, running: int, count: int) -> float:
         """Output tokens a second, from the first request's arrival to the last one's end, documents in memory."""
@@ -206,7 +231,8 @@ class ServingBench:
     def _gaps(self, cold: int) -> list[float]:
         """Seconds between tokens of requests that decode while cold documents arrive one after the other."""
         answer = 100_000 if self._model.context_length > 110_000 else 512
-        engine = self._full_batch(min(answer, self._model.context_length - self._linked.length))
+        answer = min(answer, self._model.context_length - self._linked.length)
+        engine = self._full_batch([self._request("link-tokens", answer) for _ in range(self._case.requests)])
         newcomer: Handle | None = None
         arrived = finished = 0
         last: dict[Handle, float] = {}
@@ -242,6 +268,14 @@ class ServingBench:
         runner = engine._runner
         assert isinstance(runner, FlatRunner)
         return runner.documents.held_bytes
+
+
+def _steps(engine: Engine, clock: Clock) -> Mapping[str, float]:
+    return {"whole": statistics.median(clock.time(engine.step)[0] for _ in range(_STEPS))}
+
+
+def _bare(bare: BareBatch, clock: Clock, *, grow: bool) -> Mapping[str, float]:
+    return {"whole": bare.step(clock, grow=grow)}
 
 
 def _finish(engine: Engine, requests: Sequence[GenerationRequest]) -> None:
