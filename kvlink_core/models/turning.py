@@ -86,7 +86,7 @@ class QueryTurner:
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         for source in recipes.sources:
             parts = source.tables(zero)
-            longest = max(float(part.abs().max()) for part in parts)
+            longest = max(float(part.abs().max()) for part in parts) or 1.0  # sines may be a source of their own
             # At position 0 a sine is 0 and a cosine is what the RoPE kind lengthens by.
             signs = [-1.0 if not part.is_complex() and float(part.abs().max()) == 0 else 1.0 for part in parts]
             self._inverses.append(

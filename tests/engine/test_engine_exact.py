@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import TEXTS, alone, request_for, run, worst
+from engine_runs import NEVER, TEXTS, alone, cached, request_for, run, worst
 from oracles import greedy
 from tiny import VOCABULARY, save_tiny, tiny_configs
 from transformers import Cohere2Config, GPTNeoXConfig, GptOssConfig, PreTrainedConfig
 
-from kvlink_core.engine import Engine, EngineSettings
+from kvlink_core.conformance.check import loaded, prompt_of
+from kvlink_core.conformance.tiny import tiny_model as tiny
+from kvlink_core.engine import Engine, EngineSettings, GenerationRequest, SamplingParams
+from kvlink_core.linking import get_linker
 from kvlink_core.models import LoadedModel, load_model
 
 _SIZE: dict[str, Any] = {
@@ -122,3 +125,25 @@ def test_other_dtypes_are_near(tiny_model: LoadedModel, tmp_path: Any, dtype: st
     request = request_for(model, "link-tokens", (0, 1, 3), max_tokens=1)
     (outcome,) = run(Engine(model), [request])
     assert worst(outcome, alone(model, request).logits) <= (3e-2 if model.dtype == torch.bfloat16 else 4e-3)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "mode"),
+    [("llama4_text", "shared"), ("phi", "shared"), ("glm4", "shared"), ("dbrx", "shared"), ("gptj", "solo")],
+)
+def test_more_architectures(model_type: str, mode: str) -> None:
+    """Chunks, partial and interleaved rotation, complex tables, clipped values; sines that are a table of their own."""
+    model = loaded(tiny(model_type))
+    engine = Engine(model, EngineSettings(step_tokens=10, stretch=None))
+    assert engine.mode == mode
+    requests = []
+    for seed in (0, 1):
+        prompt = prompt_of(links=2 * seed, seed=seed)
+        caches = cached(model, [s.token_ids for s in prompt.documents])
+        requests.append(
+            GenerationRequest(prompt, get_linker("reposition"), SamplingParams(max_tokens=4), caches, NEVER)
+        )
+    for request, outcome in zip(requests, run(engine, requests, arrivals=[0, 2]), strict=True):
+        expected = alone(model, request)
+        assert outcome.token_ids == expected.token_ids
+        assert worst(outcome, expected.logits) <= 1e-5
