@@ -86,7 +86,7 @@ class Engine:
         self.model = model
         self.settings = settings or EngineSettings()
         self._budget = Budget(self.settings.kv_bytes or _default_bytes(model))
-        turner = QueryTurner(model.recipes, model.device)
+        turner = QueryTurner(model.recipes, model.device, positions=model.context_length)
         self.mode: Mode = self.settings.mode or find_mode(model, turner)
         self._runner: FlatRunner | SoloRunner
         if self.mode == "solo":

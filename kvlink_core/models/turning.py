@@ -36,13 +36,19 @@ class _Inverse:
 class QueryTurner:
     """Turns the rotated queries of one model back. Safe to use from several threads.
 
+    Args:
+        recipes: how the model rotates.
+        device: where it is.
+        positions: how many it was made for.
+
     Attributes:
         composes: whether turning back is exact for every layer of this model. Where it is not, documents must be
             placed at their positions of each prompt.
     """
 
-    def __init__(self, recipes: Recipes, device: torch.device) -> None:
+    def __init__(self, recipes: Recipes, device: torch.device, *, positions: int) -> None:
         self._recipes = recipes
+        self._trials = [trial for trial in _TRIALS if trial[0] < positions]
         self._inverses: list[_Inverse] = []
         self.composes = self._try(device)
 
@@ -103,7 +109,7 @@ class QueryTurner:
             at = torch.tensor([position], device=device)
             return recipe.rotated(drawn, [source.tables(at) for source in self._recipes.sources])
 
-        for position, distance in _TRIALS:
+        for position, distance in self._trials:
             tables = self.tables(torch.tensor([distance], device=device))
             turned = self.turn(layer, rotated(position), tables)
             expected = rotated(position - distance)
