@@ -264,6 +264,8 @@ def test_health_is_answered_while_a_step_runs_and_fails_when_it_is_stuck() -> No
             await server.check_health()
         release.set()
         await working
+        while server._engine.busy_s:
+            await asyncio.sleep(0.001)
         assert await server.ping() == "ok"
 
     asyncio.run(go())
