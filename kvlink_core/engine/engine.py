@@ -167,7 +167,7 @@ class Engine:
         """
         started = time.perf_counter()
         failures: list[EngineEvent] = []
-        self._admit()
+        self._admit(failures)
         works, chunks = self._schedule(failures)
         if not works and not chunks:
             return failures
@@ -179,15 +179,20 @@ class Engine:
         self._pace.note(time.perf_counter() - started, decoding=decoding, prefilled=total - decoding)
         return [*failures, *(Encoded(cache) for cache in encoded), *events]
 
-    def _admit(self) -> None:
+    def _admit(self, failures: list[EngineEvent]) -> None:
         """Let waiting requests in, in their order, as far as there is room."""
         while self._waiting and len(self._running) < self.settings.max_running:
             task = self._waiting[0]
-            if not self._runner.open(task):
+            if self._runner.open(task):
+                self._waiting.popleft()
+                task.handle.admitted = task.handle.admitted or time.perf_counter()
+                insort(self._running, task, key=lambda t: t.number)
+            elif self._running:
                 return
-            self._waiting.popleft()
-            task.handle.admitted = task.handle.admitted or time.perf_counter()
-            insort(self._running, task, key=lambda t: t.number)
+            else:  # with all memory to itself: rather an error than a queue that stands still
+                self._drop(task)
+                error = RequestTooLargeError(self._runner.needs(task), self._budget.limit)
+                failures.append(Failed(task.handle, error))
 
     def _schedule(self, failures: list[EngineEvent]) -> tuple[list[Work], list[tuple[Any, int]]]:
         """What this step computes: tokens of requests, and of documents."""

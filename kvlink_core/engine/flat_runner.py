@@ -53,7 +53,8 @@ class FlatRunner:
         """Bytes that a task takes at most, its documents included. To be asked first."""
         request = task.request
         task.wanted = self._wanted(request)
-        nbytes = self.lanes.slab_bytes(self._own(task) + request.sampling.max_tokens)
+        own = self._own(task)
+        nbytes = self.lanes.most_bytes(own + 1, own + request.sampling.max_tokens)
         return nbytes + sum(
             self.documents.nbytes(len(token_ids), encode=cache is None)
             for token_ids, cache in {key: (t, c) for key, t, c in task.wanted}.values()

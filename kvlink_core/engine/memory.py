@@ -131,6 +131,15 @@ class Lanes:
         capacity = _capacity(slots)
         return self._lanes(capacity) * capacity * self._slot_bytes
 
+    def most_bytes(self, first: int, last: int) -> int:
+        """The most that a lane takes that is to grow from ``first`` slots to ``last``."""
+        capacity = _capacity(first)
+        most = self.slab_bytes(capacity)
+        while capacity < last:
+            capacity = _capacity(capacity + 1)
+            most = max(most, self.slab_bytes(capacity))
+        return most
+
     def _lanes(self, capacity: int) -> int:
         # A slab is a small part of the budget, or of one lane.
         share = self._budget.limit // 16 // (capacity * self._slot_bytes)
