@@ -98,7 +98,7 @@ class IngressSettings(_Settings):
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
     max_documents: int = Field(default=64, ge=1)
     max_messages: int = Field(default=256, ge=1)
-    # An answer's KV cache is reserved whole before its first token, so its length must not be the client's to choose.
+    # An answer holds memory for as long as it takes, so its length must not be the client's to choose.
     max_tokens: int = Field(default=4096, ge=1, description="longest answer that a request may ask for")
 
 
