@@ -13,6 +13,9 @@ MAX_STOP_STRINGS = 16
 MAX_NEW_TOKENS = 1_000_000
 MAX_LOGPROBS = 20
 
+#: Tokens that are sorted before all are.
+_NUCLEUS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -100,17 +103,43 @@ class Sampler:
 
     def sample(self, logits: torch.Tensor) -> int:
         """The next token from float32 logits ``[vocabulary]``; not changed."""
-        params = self.params
-        if params.temperature == 0:
+        if self.params.temperature == 0:
             return int(logits.argmax())
-        ordered, ids = logits.cpu().sort(descending=True, stable=True)
+        ids, probabilities = self._candidates(logits.cpu())
+        # One number for each token: what a request draws depends on its seed and its logits alone.
+        cumulative = probabilities.cumsum(0)
+        drawn = torch.rand((), dtype=torch.float64, generator=self._generator) * cumulative[-1]
+        at = int(torch.searchsorted(cumulative, drawn, right=True))
+        if at == cumulative.shape[0]:  # rounded up to the whole
+            at = int(torch.nonzero(probabilities)[-1])
+        return at if ids is None else int(ids[at])
+
+    def _candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Token ids, the most likely first, or ``None`` for all in their order; and what they are drawn with."""
+        params = self.params
+        largest = logits.max().double()
+
+        def scaled(part: torch.Tensor) -> torch.Tensor:
+            # The largest logit becomes 0 before dividing, so that no temperature, however near 0, can overflow.
+            # In float64, so that the cumulative sum reaches 1.
+            return (part.double() - largest) / params.temperature
+
+        ids: torch.Tensor | None = None
         if params.top_k:
-            ordered, ids = ordered[: params.top_k], ids[: params.top_k]
-        # The largest logit becomes 0 before dividing, so that no temperature, however near 0, can overflow; float64,
-        # so that the cumulative sum reaches 1.
-        probabilities = torch.softmax((ordered.double() - ordered[0].double()) / params.temperature, dim=0)
+            values, ids = logits.topk(min(params.top_k, logits.shape[0]))
+            probabilities = torch.softmax(scaled(values), dim=0)
+        elif params.top_p < 1:
+            # Sorting a vocabulary takes longer than all else; the nucleus is nearly always among the first.
+            whole = torch.logsumexp(scaled(logits), dim=0)
+            values, ids = logits.topk(min(_NUCLEUS, logits.shape[0]))
+            probabilities = torch.exp(scaled(values) - whole)
+            if float(probabilities.sum()) < params.top_p:
+                values, ids = logits.sort(descending=True, stable=True)
+                probabilities = torch.exp(scaled(values) - whole)
+        else:
+            probabilities = torch.softmax(scaled(logits), dim=0)
         if params.top_p < 1:
             # Keep the smallest set whose mass reaches top_p: drop a token when what stands before it suffices.
             before = probabilities.cumsum(0) - probabilities
             probabilities[before >= params.top_p] = 0
-        return int(ids[torch.multinomial(probabilities, 1, generator=self._generator)])
+        return ids, probabilities
