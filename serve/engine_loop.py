@@ -12,11 +12,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import Protocol
+from concurrent.futures import Future
+from contextvars import copy_context
+from typing import Protocol, TypeVar
 
 from kvlink_core.engine import EngineEvent, EngineStats, Failed, Generated, GenerationRequest, Handle, TokenEvent
 
 logger = logging.getLogger("ray.serve")
+
+T = TypeVar("T")
 
 
 class Steps(Protocol):
@@ -106,6 +110,22 @@ class EngineLoop:
         """Nobody wants the rest of an answer: what it holds is free before the next step."""
         stream.left = True
         self._tell(lambda: self._cancel(stream))
+
+    def call(self, work: Callable[[], T]) -> Future[T]:
+        """Do something else that computes, between two steps."""
+        future: Future[T] = Future()
+        context = copy_context()
+
+        def do() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(context.run(work))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._tell(do)
+        return future
 
     def close(self) -> None:
         """Stop after the step at hand; requests that run are dropped."""

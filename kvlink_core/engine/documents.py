@@ -8,6 +8,7 @@ needed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -16,6 +17,9 @@ from kvlink_core.fingerprint import digest_of_tokens
 from kvlink_core.models import LoadedModel
 from kvlink_core.models.flat_plan import Segment, Slots, Span
 from kvlink_core.types import DocumentCache
+
+#: Namespace, digest of the tokens, and how the document comes to be here.
+Key = tuple[str, str, Literal["given", "encoded", "copied"]]
 
 
 class SharedDocument:
@@ -28,7 +32,7 @@ class SharedDocument:
         number: of the request that asked for it first.
     """
 
-    def __init__(self, key: tuple[str, str], token_ids: Sequence[int], segment: Segment, number: int) -> None:
+    def __init__(self, key: Key, token_ids: Sequence[int], segment: Segment, number: int) -> None:
         self.key = key
         self.number = number
         self.token_ids = token_ids
@@ -91,7 +95,7 @@ class SharedDocuments:
     def __init__(self, model: LoadedModel, budget: Budget) -> None:
         self._model = model
         self._budget = budget
-        self._documents: dict[tuple[str, str], SharedDocument] = {}
+        self._documents: dict[Key, SharedDocument] = {}
         (layers, heads, _, key_dim), (*_, value_dim) = model.recipes.shapes(1)
         self._key_bytes = layers * heads * key_dim * model.dtype.itemsize
         self._value_bytes = layers * heads * value_dim * model.dtype.itemsize
@@ -117,12 +121,13 @@ class SharedDocuments:
         )
 
     @staticmethod
-    def key(token_ids: Sequence[int], cache: DocumentCache | None, *, copied: bool = False) -> tuple[str, str]:
+    def key(namespace: str, token_ids: Sequence[int], cache: DocumentCache | None, *, copied: bool = False) -> Key:
         """What tells documents apart. What was loaded may be of a codec that loses something, so it is another one."""
-        return digest_of_tokens(token_ids), "given" if cache is not None else "copied" if copied else "encoded"
+        kind: Literal["given", "encoded", "copied"] = "copied" if copied else "encoded"
+        return namespace, digest_of_tokens(token_ids), "given" if cache is not None else kind
 
     def open(
-        self, key: tuple[str, str], token_ids: Sequence[int], cache: DocumentCache | None, number: int
+        self, key: Key, token_ids: Sequence[int], cache: DocumentCache | None, number: int
     ) -> SharedDocument | None:
         """Read a document from now on; ``None`` where the budget has no room for it.
 
@@ -164,7 +169,7 @@ class SharedDocuments:
         """``count`` more tokens of a document were computed; returns its cache when these were the last."""
         cache = document.advance(self._model, count)
         if cache is not None:
-            if document.key[1] == "copied":
+            if document.key[2] == "copied":
                 document.cache = cache
             else:
                 tokens = len(document.token_ids)
@@ -172,7 +177,7 @@ class SharedDocuments:
         return cache
 
     def _make(
-        self, key: tuple[str, str], token_ids: Sequence[int], cache: DocumentCache | None, number: int
+        self, key: Key, token_ids: Sequence[int], cache: DocumentCache | None, number: int
     ) -> SharedDocument | None:
         model, tokens = self._model, len(token_ids)
         if not self._budget.take(self.nbytes(tokens, encode=cache is None)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kvlink_core.engine.documents import SharedDocument, SharedDocuments
+from kvlink_core.engine.documents import Key, SharedDocument, SharedDocuments
 from kvlink_core.engine.memory import Budget, Lane, Lanes
 from kvlink_core.engine.requests import GenerationRequest, Task, Work
 from kvlink_core.linking.base import DocumentsAt, documents_at
@@ -19,7 +19,7 @@ from kvlink_core.template import FIRST_WRAP_ID
 from kvlink_core.types import DocumentCache
 
 #: A document's key in ``SharedDocuments``, its tokens, and the cache it comes from, if any.
-_Wanted = tuple[tuple[str, str], Sequence[int], DocumentCache | None]
+_Wanted = tuple[Key, Sequence[int], DocumentCache | None]
 
 
 @dataclass(slots=True)
@@ -71,7 +71,8 @@ class FlatRunner:
         pairs = [(segment.token_ids, cache) for segment, cache in zip(segments, caches, strict=True)]
         if where is None:
             pairs = [(token_ids, cache) for token_ids, cache in pairs if cache is None]
-        return [(self.documents.key(t, cache, copied=where is None), t, cache) for t, cache in pairs]
+        space, copied = request.namespace, where is None
+        return [(self.documents.key(space, tokens, cache, copied=copied), tokens, cache) for tokens, cache in pairs]
 
     def _where(self, request: GenerationRequest) -> DocumentsAt | None:
         """Where documents are read; ``None`` for a copy of each."""
@@ -101,7 +102,7 @@ class FlatRunner:
         task.context = _Context(lane, documents)
         mine = {document.key: len(document.token_ids) for document in documents if document.number == task.number}
         if not task.handle.preemptions:
-            task.handle.computed_tokens = sum(tokens for (_, kind), tokens in mine.items() if kind != "given")
+            task.handle.computed_tokens = sum(tokens for (*_, kind), tokens in mine.items() if kind != "given")
         return True
 
     def close(self, task: Task) -> None:

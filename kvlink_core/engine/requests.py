@@ -30,6 +30,8 @@ class GenerationRequest:
             encoded by the engine. Empty for a linker that uses none. They are read again after a preemption, and
             never written to.
         stop_ids: token ids that end the answer; ``None`` for the model's own.
+        namespace: whose documents they are. Requests of another namespace share none of them: how fast an answer comes
+            must not tell what others have.
     """
 
     prompt: Prompt
@@ -37,6 +39,7 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     caches: Sequence[DocumentCache | None] = ()
     stop_ids: frozenset[int] | None = None
+    namespace: str = ""
 
 
 @dataclass(slots=True, eq=False)

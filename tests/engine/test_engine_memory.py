@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from engine_runs import Outcome, alone, request_for, run
@@ -39,6 +40,18 @@ def test_sixteen_requests_hold_their_documents_once(tiny_model: LoadedModel) -> 
             engine.step()
         used.append(engine.stats.kv_used - lane_bytes(tiny_model, 64, 2**24) * -(-count // 16))
     assert used == [documents, documents]
+
+
+def test_namespaces_share_nothing(tiny_model: LoadedModel) -> None:
+    request = request_for(tiny_model, "link-tokens", (0, 1), cold=True)
+    engine = engine_with(tiny_model, 2**24)
+    handles = [engine.submit(replace(request, namespace=space)) for space in ("a", "b", "a")]
+    engine.step()
+    runner = engine._runner
+    assert len(runner.documents._documents) == 4  # type: ignore[union-attr]
+    while engine.busy:
+        engine.step()
+    assert [h.computed_tokens == h.prompt_tokens for h in handles] == [True, True, False]
 
 
 def test_the_budget_is_what_tensors_take(tiny_model: LoadedModel) -> None:
@@ -154,7 +167,7 @@ def test_idle_documents_are_used_again_and_make_room(tiny_model: LoadedModel) ->
 
 
 @given(seed=st.integers(0, 2**32), kib=st.integers(300, 1500))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_arrivals_and_departures_leave_nothing_behind(tiny_model: LoadedModel, seed: int, kib: int) -> None:
     """Submit, cancel and step at random, then see who finished: the same tokens as alone, and an empty pool."""
     draw = random.Random(seed)

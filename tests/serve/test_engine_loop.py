@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 
@@ -57,6 +58,12 @@ def test_a_client_that_leaves_frees_its_memory(tiny_model: LoadedModel, engine: 
         time.sleep(0.01)
     assert not engine.busy
     assert engine.stats.kv_used == engine.stats.kv_idle
+
+
+def test_other_work_is_done_in_the_same_thread(loop: EngineLoop) -> None:
+    assert loop.call(lambda: threading.current_thread().name).result(20) == "engine"
+    with pytest.raises(ZeroDivisionError):
+        loop.call(lambda: 1 / 0).result(20)
 
 
 def test_a_refusal_reaches_who_asked(tiny_model: LoadedModel, loop: EngineLoop) -> None:
