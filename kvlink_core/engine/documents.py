@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from kvlink_core.engine.memory import Budget
+from kvlink_core.errors import KVLinkError
 from kvlink_core.fingerprint import digest_of_tokens
 from kvlink_core.models import LoadedModel
 from kvlink_core.models.flat_plan import Segment, Slots, Span
@@ -35,6 +36,7 @@ class SharedDocument:
     def __init__(self, key: Key, token_ids: Sequence[int], segment: Segment, number: int) -> None:
         self.key = key
         self.number = number
+        self.nbytes = 0  # of the budget, now
         self.token_ids = token_ids
         self.segment = segment
         self.readers = 0
@@ -100,9 +102,15 @@ class SharedDocuments:
         self._key_bytes = layers * heads * key_dim * model.dtype.itemsize
         self._value_bytes = layers * heads * value_dim * model.dtype.itemsize
 
-    def nbytes(self, tokens: int, *, encode: bool) -> int:
-        """What a document takes of the budget: while it is encoded, its keys are there twice."""
-        return tokens * (self._key_bytes * (2 if encode else 1) + self._value_bytes + (8 if encode else 0))
+    def nbytes(self, tokens: int, cache: DocumentCache | None) -> int:
+        """What a document takes of the budget: without a cache it is encoded, and its keys are there twice until then.
+
+        What is left of a pruned one has its tokens' numbers beside it.
+        """
+        if cache is None:
+            return tokens * (2 * self._key_bytes + self._value_bytes + 8)
+        kept = 0 if cache.kept is None else cache.kept.nbytes
+        return cache.slots * (self._key_bytes + self._value_bytes) + kept
 
     def encoding(self) -> list[SharedDocument]:
         """Those being encoded, the longest waiting first."""
@@ -116,15 +124,15 @@ class SharedDocuments:
     @property
     def held_bytes(self) -> int:
         """Bytes that documents take of the budget, idle ones included."""
-        return sum(
-            self.nbytes(len(d.token_ids), encode=not d.ready or d.cache is not None) for d in self._documents.values()
-        )
+        return sum(document.nbytes for document in self._documents.values())
 
     @staticmethod
     def key(namespace: str, token_ids: Sequence[int], cache: DocumentCache | None, *, copied: bool = False) -> Key:
         """What tells documents apart. What was loaded may be of a codec that loses something, so it is another one."""
-        kind: Literal["given", "encoded", "copied"] = "copied" if copied else "encoded"
-        return namespace, digest_of_tokens(token_ids), "given" if cache is not None else kind
+        digest = digest_of_tokens(token_ids)
+        if cache is None:
+            return namespace, digest, "copied" if copied else "encoded"
+        return namespace, digest if cache.kept is None else f"{digest}/{cache.slots}", "given"
 
     def open(
         self, key: Key, token_ids: Sequence[int], cache: DocumentCache | None, number: int
@@ -136,6 +144,9 @@ class SharedDocuments:
             token_ids: its tokens.
             cache: to take it from, or ``None`` to encode it.
             number: of the request.
+
+        Raises:
+            UnsupportedModelError: a pruned cache, and a model that cannot rotate each head by itself.
         """
         document = self._documents.get(key)
         if document is None:
@@ -153,17 +164,12 @@ class SharedDocuments:
         assert document.readers >= 0
         if document.readers:
             return
-        if not document.ready:
-            self._forget(document)
-            self._budget.give(self.nbytes(len(document.token_ids), encode=True))
+        if document.ready and document.cache is None:
+            self._budget.rest(document, document.nbytes, lambda: self._forget(document))
             return
-        if document.cache is not None:  # nobody else wants its unrotated keys
-            self._forget(document)
-            document.cache = None
-            self._budget.give(self.nbytes(len(document.token_ids), encode=True))
-            return
-        held = self.nbytes(len(document.token_ids), encode=False)
-        self._budget.rest(document, held, lambda: self._forget(document))
+        self._forget(document)  # half of it, or with unrotated keys that nobody else wants
+        document.cache = None
+        self._budget.give(document.nbytes)
 
     def advance(self, document: SharedDocument, count: int) -> DocumentCache | None:
         """``count`` more tokens of a document were computed; returns its cache when these were the last."""
@@ -172,24 +178,36 @@ class SharedDocuments:
             if document.key[2] == "copied":
                 document.cache = cache
             else:
-                tokens = len(document.token_ids)
-                self._budget.give(self.nbytes(tokens, encode=True) - self.nbytes(tokens, encode=False))
+                held = self.nbytes(len(document.token_ids), cache)
+                self._budget.give(document.nbytes - held)
+                document.nbytes = held
         return cache
 
     def _make(
         self, key: Key, token_ids: Sequence[int], cache: DocumentCache | None, number: int
     ) -> SharedDocument | None:
         model, tokens = self._model, len(token_ids)
-        if not self._budget.take(self.nbytes(tokens, encode=cache is None)):
+        nbytes = self.nbytes(tokens, cache)
+        if not self._budget.take(nbytes):
             return None
-        shapes = model.recipes.shapes(tokens)
+        shapes = model.recipes.shapes(tokens if cache is None else cache.slots)
         keys, values = (torch.empty(shape, dtype=model.dtype, device=model.device) for shape in shapes)
-        document = SharedDocument(key, token_ids, Segment(keys, values), number)
+        kept = None if cache is None or cache.kept is None else cache.kept.to(model.device, copy=True)
+        document = SharedDocument(key, token_ids, Segment(keys, values, kept), number)
+        document.nbytes = nbytes
         if cache is None:
             document.begin(model)
         else:
             tables = model.rotary.tables(torch.arange(tokens, device=model.device))
-            model.rotary.place(cache.keys.to(model.device), cache.values.to(model.device), tables, keys, values)
+            given = (cache.keys.to(model.device), cache.values.to(model.device))
+            try:
+                if kept is None:
+                    model.rotary.place(*given, tables, keys, values)
+                else:
+                    model.rotary.place_kept(*given, kept, tables, keys, values)
+            except KVLinkError:
+                self._budget.give(nbytes)
+                raise
         self._documents[key] = document
         return document
 

@@ -183,7 +183,13 @@ class Engine:
         """Let waiting requests in, in their order, as far as there is room."""
         while self._waiting and len(self._running) < self.settings.max_running:
             task = self._waiting[0]
-            if self._runner.open(task):
+            try:
+                admitted = self._runner.open(task)
+            except KVLinkError as error:
+                self._drop(task)
+                failures.append(Failed(task.handle, error))
+                continue
+            if admitted:
                 self._waiting.popleft()
                 task.handle.admitted = task.handle.admitted or time.perf_counter()
                 insort(self._running, task, key=lambda t: t.number)
@@ -191,8 +197,8 @@ class Engine:
                 return
             else:  # with all memory to itself: rather an error than a queue that stands still
                 self._drop(task)
-                error = RequestTooLargeError(self._runner.needs(task), self._budget.limit)
-                failures.append(Failed(task.handle, error))
+                too_large = RequestTooLargeError(self._runner.needs(task), self._budget.limit)
+                failures.append(Failed(task.handle, too_large))
 
     def _schedule(self, failures: list[EngineEvent]) -> tuple[list[Work], list[tuple[Any, int]]]:
         """What this step computes: tokens of requests, and of documents."""

@@ -10,7 +10,9 @@ import torch
 from kvlink_core.engine.documents import Key, SharedDocument, SharedDocuments
 from kvlink_core.engine.memory import Budget, Lane, Lanes
 from kvlink_core.engine.requests import GenerationRequest, Task, Work
+from kvlink_core.errors import PrunedCacheError
 from kvlink_core.linking.base import DocumentsAt, documents_at
+from kvlink_core.linking.linked_cache import PRUNED_REMEDY
 from kvlink_core.models import LoadedModel
 from kvlink_core.models.flat import FlatPass
 from kvlink_core.models.flat_plan import Reading, Span
@@ -56,7 +58,7 @@ class FlatRunner:
         own = self._own(task)
         nbytes = self.lanes.most_bytes(own + 1, own + request.sampling.max_tokens)
         return nbytes + sum(
-            self.documents.nbytes(len(token_ids), encode=cache is None)
+            self.documents.nbytes(len(token_ids), cache)
             for token_ids, cache in {key: (t, c) for key, t, c in task.wanted}.values()
         )
 
@@ -85,19 +87,26 @@ class FlatRunner:
         return task.prompt.length - (sum(s.end - s.start for s in task.prompt.documents) if shared else 0)
 
     def open(self, task: Task) -> bool:
-        """Take the memory that a task needs to begin; false, and nothing taken, where there is not enough."""
+        """Take the memory that a task needs to begin; false, and nothing taken, where there is not enough.
+
+        Raises:
+            KVLinkError: a document cannot be read by this model; nothing taken.
+        """
         documents: list[SharedDocument] = []
         lane = None
-        for key, token_ids, cache in task.wanted:
-            document = self.documents.open(key, token_ids, cache, task.number)
-            if document is None:
-                break
-            documents.append(document)
-        else:
-            lane = self.lanes.take(self._own(task) + len(task.transcript.token_ids) + 1)
+        try:
+            for key, token_ids, cache in task.wanted:
+                document = self.documents.open(key, token_ids, cache, task.number)
+                if document is None:
+                    break
+                documents.append(document)
+            else:
+                lane = self.lanes.take(self._own(task) + len(task.transcript.token_ids) + 1)
+        finally:
+            if lane is None:
+                for document in documents:
+                    self.documents.close(document)
         if lane is None:
-            for document in documents:
-                self.documents.close(document)
             return False
         task.context = _Context(lane, documents)
         mine = {document.key: len(document.token_ids) for document in documents if document.number == task.number}
@@ -153,6 +162,12 @@ class FlatRunner:
         for cache in task.request.caches or [None] * len(task.prompt.documents):
             own = cache if cache is not None else next(made).cache
             assert own is not None
+            if own.kept is not None:
+                raise PrunedCacheError(
+                    f"linker {task.request.linker.name!r} copies documents into a request's slots, of which pruned "
+                    f"caches have too few; {PRUNED_REMEDY}",
+                    param="linker",
+                )
             caches.append(own)
         linked = task.request.linker.link(self._model, task.prompt, caches, reserve=0)
         length, lane = linked.prompt.length, context.lane

@@ -96,7 +96,7 @@ class _Trial:
             model.rotary.place(cache.keys, cache.values, tables, keys, values)
             readings.append(Reading(Segment(keys, values), segment.start, segment.start))
         first, second = readings
-        start = first.start + second.segment.tokens
+        start = first.start + second.segment.slots
         exchanged = [Reading(second.segment, first.start, first.start), Reading(first.segment, start, start)]
         own = [s for s in self._prompt.segments if s.kind != "document"]
         tokens = [token for s in own for token in s.token_ids]

@@ -19,7 +19,7 @@ from kvlink_core.models.attention import flattened
 from kvlink_core.models.capture import Recorder
 from kvlink_core.models.causal_lm import CausalLM
 from kvlink_core.models.flat_plan import Plan, Seen, Slots, Span, make_plan
-from kvlink_core.models.partial import attend_part, merge_parts
+from kvlink_core.models.partial import attend_part, attend_seen, merge_parts
 from kvlink_core.models.turning import QueryTurner
 
 _NOT_FLAT = "this model's attention does not attend to what its cache gave it"
@@ -142,7 +142,11 @@ class FlatPass:
             part = rows[:, call.begin : call.end]
             asked = part.transpose(0, 1) if call.lanes > 1 else part.reshape(1, heads, -1, width)
             keys, values = call.context(self._layer)
-            result, logs = attend_part(asked, keys, values, call.mask, scale=scale, softcap=softcap)
+            if call.hidden is None:
+                result, logs = attend_part(asked, keys, values, call.mask, scale=scale, softcap=softcap)
+            else:
+                visible = call.hidden(self._layer)
+                result, logs = attend_seen(asked, keys, values, visible, scale=scale, softcap=softcap)
             if call.lanes > 1:
                 results.append(result.transpose(0, 1))
                 sums.append(logs.transpose(0, 1))

@@ -30,14 +30,19 @@ class Slots:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """A document's keys, rotated to positions 0..n-1, and its values: ``[layers, kv_heads, n, dim]``. Shared."""
+    """A document's keys, rotated to its own positions, and its values: ``[layers, kv_heads, slots, dim]``. Shared.
+
+    Attributes:
+        kept: ``[layers, kv_heads, slots]``, the tokens that are left of a pruned document; ``None`` for all of them.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
+    kept: torch.Tensor | None = None
 
     @property
-    def tokens(self) -> int:
-        """n."""
+    def slots(self) -> int:
+        """How many."""
         return int(self.keys.shape[2])
 
 
@@ -88,6 +93,8 @@ class Call:
         lanes: over how many lanes, a row each; 1 for any number of rows over one.
         keys, values: ``[layers, lanes, kv_heads, slots, dim]``, views.
         mask: additive, ``[lanes, 1, rows of a lane x groups, slots]``; ``None`` where all is seen.
+        hidden: makes a layer's mask ``[1, kv_heads, rows x groups, slots]``, boolean, of what is seen, where each layer
+            and head has other tokens and some are out of sight.
     """
 
     begin: int
@@ -96,6 +103,7 @@ class Call:
     keys: torch.Tensor
     values: torch.Tensor
     mask: torch.Tensor | None
+    hidden: Callable[[int], torch.Tensor] | None = None
 
     def context(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer."""
@@ -195,9 +203,24 @@ class _Maker:
             keys, values = segment.keys[:, None], segment.values[:, None]
             if self._seen is None:
                 self._add(rows, keys, values, None, turn)
-            else:
-                slots = start[:, None] + torch.arange(segment.tokens, device=self._device)
+            elif segment.kept is None:
+                slots = start[:, None] + torch.arange(segment.slots, device=self._device)
                 self._part(rows, slots, keys, values, turn)
+            else:
+                self._add(rows, keys, values, None, turn)
+                self._calls[-1].hidden = self._by_head(self._seen, rows, start, segment.kept)
+
+    def _by_head(
+        self, seen: Seen, rows: torch.Tensor, start: torch.Tensor, kept: torch.Tensor
+    ) -> Callable[[int], torch.Tensor]:
+        """What rows see of a pruned document, by layer: each of its heads has other tokens."""
+
+        def visible(layer: int) -> torch.Tensor:
+            asked = self._positions[rows][None, None, :, None]
+            held = kept[layer][None, :, None] + start[None, None, :, None]
+            return seen(self._zero, self._zero, asked, held).repeat_interleave(self._groups, 2)
+
+        return visible
 
     def lanes(self, memory: Slots, together: Sequence[tuple[Span, int]]) -> None:
         """One token in each of several lanes of one memory."""

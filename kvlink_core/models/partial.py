@@ -23,7 +23,8 @@ def attend_part(
     Args:
         query: ``[batch, heads, queries, dim]``.
         key, value: ``[batch, heads, slots, dim]``.
-        mask: additive, ``[batch or 1, 1, queries, slots]``, in the queries' dtype; every query must see a slot.
+        mask: additive, ``[batch or 1, heads or 1, queries, slots]``, in the queries' dtype; every query must see a
+            slot.
         scale: of the scores.
         softcap: scores are bent to ``softcap * tanh(score / softcap)`` before masking (Gemma 2).
 
@@ -42,6 +43,28 @@ def attend_part(
         )
         return result, sums[..., : query.shape[2]]
     return _plain(query, key, value, mask, scale, softcap)
+
+
+def attend_seen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``attend_part`` where a query may see nothing in some heads: its result there has no weight (-inf).
+
+    Args:
+        query, key, value, scale, softcap: as there.
+        seen: boolean ``[batch, heads, queries, slots]``.
+    """
+    blind = ~seen.any(-1)
+    mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
+    mask.masked_fill_(~(seen | blind.unsqueeze(-1)), -torch.inf)
+    result, sums = attend_part(query, key, value, mask, scale=scale, softcap=softcap)
+    return result, sums.masked_fill(blind, -torch.inf)
 
 
 def _plain(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from transformers import Cohere2Config, GPTNeoXConfig, GptOssConfig, PreTrainedC
 from kvlink_core.conformance.check import loaded, prompt_of
 from kvlink_core.conformance.tiny import tiny_model as tiny
 from kvlink_core.engine import Engine, EngineSettings, GenerationRequest, SamplingParams
+from kvlink_core.errors import PrunedCacheError
 from kvlink_core.linking import get_linker
 from kvlink_core.models import LoadedModel, load_model
+from kvlink_core.types import DocumentCache
 
 _SIZE: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
@@ -147,3 +150,40 @@ def test_more_architectures(model_type: str, mode: str) -> None:
         expected = alone(model, request)
         assert outcome.token_ids == expected.token_ids
         assert worst(outcome, expected.logits) <= 1e-5
+
+
+def test_pruned_documents_are_read_in_place(model: LoadedModel) -> None:
+    """Each layer and head has other tokens left, of which windows hide some in some heads and all in others."""
+    draw = torch.Generator().manual_seed(0)
+
+    def pruned(cache: DocumentCache | None) -> DocumentCache:
+        assert cache is not None
+        count = max(1, cache.tokens // 3)
+        order = torch.rand(*cache.keys.shape[:2], cache.tokens, generator=draw).argsort(-1)
+        kept = order[..., :count].sort(-1).values
+        keys, values = (
+            part.gather(2, kept[..., None].expand(-1, -1, -1, part.shape[3])) for part in (cache.keys, cache.values)
+        )
+        return DocumentCache(cache.token_ids, keys, values, kept.to(torch.int32))
+
+    requests = [
+        request_for(model, "link-tokens", (0, 1, 3), "?"),
+        request_for(model, "reposition", (1, 0), "??"),
+        request_for(model, "concat", (3, 0), "?"),
+    ]
+    made: dict[tuple[int, ...], DocumentCache] = {}
+    for i, request in enumerate(requests):
+        caches = []
+        for segment, cache in zip(request.prompt.documents, request.caches, strict=True):
+            if segment.token_ids not in made:
+                made[segment.token_ids] = pruned(cache)
+            caches.append(made[segment.token_ids])
+        requests[i] = replace(request, caches=caches)
+    engine = Engine(model, EngineSettings(step_tokens=7, stretch=None))
+    for request, outcome in zip(requests, run(engine, requests, arrivals=[0, 1, 2]), strict=True):
+        expected = alone(model, request)
+        assert outcome.token_ids == expected.token_ids
+        assert worst(outcome, expected.logits) <= 1e-5
+    refused = replace(request_for(model, "epic:k=2", (0, 1, 3), "?"), caches=requests[0].caches)
+    assert isinstance(run(engine, [refused])[0].error, PrunedCacheError)
+    assert engine.stats.kv_used == engine.stats.kv_idle

@@ -10,8 +10,7 @@ from engine_runs import Outcome, alone, request_for, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvlink_core.engine import Engine, EngineSettings, Failed, Generated, Handle
-from kvlink_core.engine.documents import SharedDocuments
+from kvlink_core.engine import Engine, EngineSettings, Failed, Generated, GenerationRequest, Handle
 from kvlink_core.engine.memory import Budget, Lanes
 from kvlink_core.errors import PromptTooLongError, RequestTooLargeError, SamplingError
 from kvlink_core.models import LoadedModel
@@ -27,10 +26,13 @@ def lane_bytes(model: LoadedModel, slots: int, limit: int = 2**30) -> int:
     return Lanes(model, Budget(limit)).slab_bytes(slots)
 
 
+def document_bytes(model: LoadedModel, request: GenerationRequest) -> int:
+    return sum(cache.nbytes for cache in request.caches if cache is not None)
+
+
 def test_sixteen_requests_hold_their_documents_once(tiny_model: LoadedModel) -> None:
     request = request_for(tiny_model, "link-tokens", (0, 1, 3))
-    tokens = sum(s.end - s.start for s in request.prompt.documents)
-    documents = SharedDocuments(tiny_model, Budget(2**30)).nbytes(tokens, encode=False)
+    documents = document_bytes(tiny_model, request)
     used = []
     for count in (1, 16):
         engine = engine_with(tiny_model, 2**24)
@@ -109,8 +111,7 @@ def test_a_tight_budget_changes_no_token(tiny_model: LoadedModel, mode: str) -> 
 
 def test_the_youngest_is_pushed_out(tiny_model: LoadedModel) -> None:
     old = request_for(tiny_model, "link-tokens", (0, 1), max_tokens=120)
-    tokens = sum(s.end - s.start for s in old.prompt.documents)
-    documents = SharedDocuments(tiny_model, Budget(2**30)).nbytes(tokens, encode=False)
+    documents = document_bytes(tiny_model, old)
     # Room for one to grow to the end, beside half of another.
     engine = engine_with(tiny_model, documents + sum(lane_bytes(tiny_model, slots, 2**17) for slots in (256, 128)))
     first, second = engine.submit(old), engine.submit(old)
