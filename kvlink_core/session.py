@@ -7,6 +7,7 @@ nothing below it calls back.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -139,6 +140,8 @@ class Session:
     ) -> None:
         self.model = model
         self._resolver = DocumentResolver(model, store, tiers)
+        # Sessions that share an engine share documents in it where they share a namespace.
+        self._namespace = uuid.uuid4().hex if store is None else store.namespace
 
     def close(self) -> None:
         """End the tiers' threads and free their memory; the store stays open. It must not be used afterwards."""
@@ -221,13 +224,17 @@ class Session:
         prompt = self._prompt(frame, linker, self._resolver.fill_tokens(lookup))
         sampling = replace(request.sampling, max_tokens=max_tokens)
         return Prepared(
-            GenerationRequest(prompt, linker, sampling, caches),
+            GenerationRequest(prompt, linker, sampling, caches, namespace=self._namespace),
             linker.name,
             resolved,
-            sum(r.tokens for r in resolved if r.origin == "store"),
+            sum(r.tokens for r in resolved if r.hit),
             looked_up - started,
             time.perf_counter() - looked_up,
         )
+
+    def keep(self, cache: DocumentCache) -> None:
+        """Keep, with tiers, a cache that an engine encoded for a request that was prepared here."""
+        self._resolver.keep(cache)
 
     def _plan(self, request: AnswerRequest) -> tuple[Linker, Lookup, Frame, int]:
         """Choose the linker, find the documents, and check that all of it fits, before anything is loaded."""
