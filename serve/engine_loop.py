@@ -16,7 +16,16 @@ from concurrent.futures import Future
 from contextvars import copy_context
 from typing import Protocol, TypeVar
 
-from kvlink_core.engine import EngineEvent, EngineStats, Failed, Generated, GenerationRequest, Handle, TokenEvent
+from kvlink_core.engine import (
+    Encoded,
+    EngineEvent,
+    EngineStats,
+    Failed,
+    Generated,
+    GenerationRequest,
+    Handle,
+    TokenEvent,
+)
 
 logger = logging.getLogger("ray.serve")
 
@@ -87,11 +96,18 @@ class EngineLoop:
     Args:
         engine: touched by nobody else from now on.
         on_step: told, in that thread, after each step and each change, how the engine is loaded.
+        on_encoded: told, in that thread, of documents that were encoded for requests.
     """
 
-    def __init__(self, engine: Steps, on_step: Callable[[EngineStats], None] = lambda stats: None) -> None:
+    def __init__(
+        self,
+        engine: Steps,
+        on_step: Callable[[EngineStats], None] = lambda stats: None,
+        on_encoded: Callable[[Encoded], None] = lambda encoded: None,
+    ) -> None:
         self._engine = engine
         self._on_step = on_step
+        self._on_encoded = on_encoded
         self._streams: dict[int, Stream] = {}
         self._commands: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
@@ -177,6 +193,8 @@ class EngineLoop:
                     del self._streams[id(event.handle)]
             elif isinstance(event, Failed):
                 delivered.append((self._streams.pop(id(event.handle)), event.error))
+            else:
+                self._on_encoded(event)
         return delivered
 
     def _submit(self, request: GenerationRequest, stream: Stream) -> None:

@@ -17,7 +17,7 @@ from dataclasses import asdict
 
 import torch
 
-from kvlink_core.engine import Engine, SamplingParams
+from kvlink_core.engine import Encoded, Engine, SamplingParams
 from kvlink_core.errors import KVLinkError
 from kvlink_core.session import AnswerRequest, Prepared, Session
 from kvlink_core.store.tiers import TIERS
@@ -73,7 +73,7 @@ class EngineServer:
         self._stuck_after_s = stuck_after_s
         self._linker = linker
         self._loading = ThreadPoolExecutor(_LOADING_THREADS, thread_name_prefix="load")
-        self._engine = EngineLoop(engine, metrics.engine)
+        self._engine = EngineLoop(engine, metrics.engine, self._keep)
         self._running = 0
         self._counting = threading.Lock()
         self._counted = session.counters.as_dict()
@@ -153,6 +153,10 @@ class EngineServer:
             if document.origin == "reencoded-corrupt":
                 _log("corrupt_payload", logging.WARNING, request.request_id, document_id=document.id)
         return prepared
+
+    def _keep(self, encoded: Encoded) -> None:
+        """On the engine's thread: what was encoded for one request is there for the next. Kept by another thread."""
+        self._loading.submit(self._session.keep, encoded.cache)
 
     def _core_request(self, request: EngineRequest) -> AnswerRequest:
         return AnswerRequest(

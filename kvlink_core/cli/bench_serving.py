@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvlink_core.cli.bench import _command, _wide
-from kvlink_core.cli.common import Device, Dtype, Model, probe, progress_bar, stdout
+from kvlink_core.cli.common import Device, Dtype, Model, command_line, probe, progress_bar, stdout, wide
 from kvlink_core.errors import ConfigError
 
 
@@ -61,10 +60,10 @@ def bench_serve(
     report = serving_report(
         loaded, model, case, measured,
         step_tokens=step_tokens, stretch=stretch, quick=runs < ENOUGH_RUNS,
-        watch=watch, command=_command(), started=started,
+        watch=watch, command=command_line(), started=started,
     )  # fmt: skip
     for table in serving_tables(report):
-        _wide().print(table)
+        wide().print(table)
     stdout.print(hardware_line(report), markup=False, highlight=False, soft_wrap=True)
     for warning in report.warnings:
         stdout.print(f"note: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -17,7 +17,7 @@ import torch
 
 from kvlink_core.engine.flat_runner import FlatRunner
 from kvlink_core.engine.memory import Budget
-from kvlink_core.engine.requests import Encoded, EngineEvent, Failed, Generated, GenerationRequest, Handle, Task, Work
+from kvlink_core.engine.requests import EngineEvent, Failed, Generated, GenerationRequest, Handle, Task, Work
 from kvlink_core.engine.schedule import Pace, share
 from kvlink_core.engine.solo_runner import SoloRunner
 from kvlink_core.engine.trial import Mode, find_mode
@@ -177,7 +177,7 @@ class Engine:
         self._steps += 1
         total = sum(work.count for work in works) + sum(count for _, count in chunks)
         self._pace.note(time.perf_counter() - started, decoding=decoding, prefilled=total - decoding)
-        return [*failures, *(Encoded(cache) for cache in encoded), *events]
+        return [*failures, *encoded, *events]
 
     def _admit(self, failures: list[EngineEvent]) -> None:
         """Let waiting requests in, in their order, as far as there is room."""

@@ -9,7 +9,7 @@ import torch
 
 from kvlink_core.engine.documents import Key, SharedDocument, SharedDocuments
 from kvlink_core.engine.memory import Budget, Lane, Lanes
-from kvlink_core.engine.requests import GenerationRequest, Task, Work
+from kvlink_core.engine.requests import Encoded, GenerationRequest, Task, Work
 from kvlink_core.errors import PrunedCacheError
 from kvlink_core.linking.base import DocumentsAt, documents_at
 from kvlink_core.linking.linked_cache import PRUNED_REMEDY
@@ -202,19 +202,18 @@ class FlatRunner:
 
     def run(
         self, works: Sequence[Work], chunks: Sequence[tuple[SharedDocument, int]]
-    ) -> tuple[torch.Tensor, list[DocumentCache]]:
+    ) -> tuple[torch.Tensor, list[Encoded]]:
         """Compute tokens of tasks and of documents.
 
         Returns:
-            Float32 logits ``[tasks that now have their next token, vocabulary]``, and caches of documents that are
-            now complete.
+            Float32 logits ``[tasks that now have their next token, vocabulary]``, and documents that are now complete.
         """
         spans = [self._span(work) for work in works] + [document.span(count) for document, count in chunks]
         logits = FlatPass(self._model.lm, self._turner, spans, embed=self._embedding(spans)).forward()
         for work in works:
             work.task.done += work.count
-        made = [self.documents.advance(document, count) for document, count in chunks]
-        return logits, [cache for cache in made if cache is not None]
+        made = [(document.key[0], self.documents.advance(document, count)) for document, count in chunks]
+        return logits, [Encoded(cache, namespace) for namespace, cache in made if cache is not None]
 
     def _span(self, work: Work) -> Span:
         task = work.task

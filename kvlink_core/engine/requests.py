@@ -84,9 +84,10 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A document was encoded on the way: the receiver may keep its cache, or store it."""
+    """A document was encoded for requests of a namespace: the receiver may keep its cache, or store it."""
 
     cache: DocumentCache
+    namespace: str = ""
 
 
 EngineEvent = Generated | Failed | Encoded

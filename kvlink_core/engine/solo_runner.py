@@ -9,10 +9,9 @@ import torch
 from kvlink_core.encode import DocumentEncoder
 from kvlink_core.engine.documents import SharedDocument
 from kvlink_core.engine.memory import Budget
-from kvlink_core.engine.requests import Task, Work
+from kvlink_core.engine.requests import Encoded, Task, Work
 from kvlink_core.linking import LinkedCache
 from kvlink_core.models import LoadedModel
-from kvlink_core.types import DocumentCache
 
 #: ``SlotMemory`` lends a quarter more than it is asked for.
 _LENT = 1.25
@@ -87,7 +86,7 @@ class SoloRunner:
 
     def run(
         self, works: Sequence[Work], chunks: Sequence[tuple[SharedDocument, int]]
-    ) -> tuple[torch.Tensor, list[DocumentCache]]:
+    ) -> tuple[torch.Tensor, list[Encoded]]:
         """As ``FlatRunner.run``."""
         assert not chunks
         rows = []
