@@ -135,10 +135,13 @@ class ServingBench:
             max(1, case.repeats // 2),
             progress,
         )
-        first = {
-            "link-tokens": self._first_tokens("link-tokens", case.clients * 4),
-            "full": self._first_tokens("full", case.clients * 2),
-        }
+        first: dict[str, list[float]] = {"link-tokens": [], "full": []}
+        engines = {linker: Engine(self._model, replace(self._settings, max_running=case.clients)) for linker in first}
+        _finish(engines["link-tokens"], [self._request("link-tokens", 1)])
+        for _ in range(2):
+            for linker, times in first.items():
+                count = case.clients * (4 if linker != "full" else 1)
+                times += self._first_tokens(engines[linker], linker, count)
         return Measured(
             decode,
             _seconds(rates),
@@ -207,12 +210,9 @@ class ServingBench:
         _finish(engine, requests)
         return count * self._case.answer_tokens / (time.perf_counter() - started)
 
-    def _first_tokens(self, linker: str, total: int) -> list[float]:
+    def _first_tokens(self, engine: Engine, linker: str, total: int) -> list[float]:
         """Times to first token with clients that ask again as soon as they are answered."""
         case = self._case
-        engine = Engine(self._model, replace(self._settings, max_running=case.clients))
-        if linker != "full":
-            _finish(engine, [self._request(linker, 1)])
         handles: list[Handle] = []
         live: set[Handle] = set()
         steps = 0

@@ -33,7 +33,7 @@ def test_everything_is_measured_and_written(kvlink: Kvlink, tmp_path: Path) -> N
     assert report.quick
     assert {len(runs) for runs in report.decode_s.values()} == {2}
     assert len(report.decode_s) == 6
-    assert {name: len(runs) for name, runs in report.first_token_s.items()} == {"link-tokens": 8, "full": 4}
+    assert {name: len(runs) for name, runs in report.first_token_s.items()} == {"link-tokens": 16, "full": 4}
     one, many = report.document_bytes.values()
     # 60 tokens of 2 layers, 2 heads of 16 numbers, keys and values in float32
     assert one == many == 60 * 2 * 2 * 16 * 2 * 4
