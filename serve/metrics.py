@@ -85,7 +85,9 @@ class PrometheusMetrics:
         )
         self._tiers = TierMetrics()
 
-        self._waiting = Gauge("kvlink_engine_waiting_requests", description="Requests in the engine that wait for memory.")
+        self._waiting = Gauge(
+            "kvlink_engine_waiting_requests", description="Requests in the engine that wait for memory."
+        )
         self._kv_used = Gauge(
             "kvlink_kv_used_bytes", description="Keys and values in memory; idle: kept while nothing else needs it.",
             tag_keys=("state",),

@@ -16,7 +16,7 @@ from kvlink_core.engine.memory import Budget
 from kvlink_core.errors import KVLinkError
 from kvlink_core.fingerprint import digest_of_tokens
 from kvlink_core.models import LoadedModel
-from kvlink_core.models.flat_plan import Segment, Slots, Span
+from kvlink_core.models.flat_parts import Segment, Slots, Span
 from kvlink_core.types import DocumentCache
 
 #: Namespace, digest of the tokens, and how the document comes to be here.

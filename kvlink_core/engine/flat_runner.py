@@ -15,7 +15,7 @@ from kvlink_core.linking.base import DocumentsAt, documents_at
 from kvlink_core.linking.linked_cache import PRUNED_REMEDY
 from kvlink_core.models import LoadedModel
 from kvlink_core.models.flat import FlatPass
-from kvlink_core.models.flat_plan import Reading, Span
+from kvlink_core.models.flat_parts import Reading, Span
 from kvlink_core.models.turning import QueryTurner
 from kvlink_core.template import FIRST_WRAP_ID
 from kvlink_core.types import DocumentCache

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from kvlink_core.models import LoadedModel
-from kvlink_core.models.flat_plan import Slots
+from kvlink_core.models.flat_parts import Slots
 
 #: The smallest lane, in slots.
 SMALLEST_LANE = 64

@@ -13,7 +13,7 @@ from kvlink_core.errors import UnsupportedModelError
 from kvlink_core.linking.linked_cache import LinkedCache
 from kvlink_core.models import LoadedModel
 from kvlink_core.models.flat import FlatPass
-from kvlink_core.models.flat_plan import Reading, Segment, Slots, Span
+from kvlink_core.models.flat_parts import Reading, Segment, Slots, Span
 from kvlink_core.models.turning import QueryTurner
 from kvlink_core.prompt import Prompt
 from kvlink_core.prompt import Segment as Piece

@@ -18,7 +18,8 @@ from kvlink_core.errors import UnsupportedModelError
 from kvlink_core.models.attention import flattened
 from kvlink_core.models.capture import Recorder
 from kvlink_core.models.causal_lm import CausalLM
-from kvlink_core.models.flat_plan import Plan, Seen, Slots, Span, make_plan
+from kvlink_core.models.flat_parts import Slots, Span
+from kvlink_core.models.flat_plan import Plan, Seen, make_plan
 from kvlink_core.models.partial import attend_part, attend_seen, merge_parts
 from kvlink_core.models.turning import QueryTurner
 
