@@ -215,8 +215,8 @@ def test_concurrent_requests_share_steps_on_one_thread() -> None:
     assert [p.text for p in a if isinstance(p, Piece)] == ["a0 ", "a1 ", "a2 "]
     assert [p.text for p in b if isinstance(p, Piece)] == ["b0 ", "b1 ", "b2 "]
     assert session.threads == {"engine"}
-    assert metrics.loaded.running == 0
     server.close()
+    assert metrics.loaded.running == 0
 
 
 def test_a_request_joins_between_two_steps() -> None:
