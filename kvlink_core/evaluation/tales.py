@@ -23,7 +23,7 @@ from kvlink_core.training.worlds import TEST_SEEDS
 from kvlink_core.types import Document, Message
 
 #: Longer than any answer of the tales.
-MAX_ANSWER_TOKENS = 6
+MAX_ANSWER_TOKENS = 24
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,8 @@ def _linked(options: argparse.Namespace) -> None:
     began = time.time()
     reports = {p.parent.name: json.loads(p.read_text("utf-8")) for p in sorted(options.out.glob("*/report.json"))}
     tasks = []
-    for linkers in (MAIN_LINKERS, MORE_LINKERS):
+    sets = {"main": (MAIN_LINKERS,), "more": (MORE_LINKERS,), "all": (MAIN_LINKERS, MORE_LINKERS)}
+    for linkers in sets[options.linkers]:
         for seed in sorted({r["seed"] for r in reports.values()}):
             for name, report in reports.items():
                 wanted = linkers.get(report["variant"], ())
@@ -121,7 +122,7 @@ def _linked(options: argparse.Namespace) -> None:
         row["right"] = "".join("1" if right.get(a.number) else "0" if a.number in right else "-" for a in asked)
         table[f"{name} {linker}"] = row
     summary = {"questions": len(asked), "seconds": round(time.time() - began, 1), "rows": table}
-    (options.out / "linked.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    (options.out / f"linked-{options.linkers}.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     for title, row in table.items():
         print(title, {k: v for k, v in row.items() if k != "right" and not k.startswith("n ")}, flush=True)
 
@@ -172,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         add.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
         add.add_argument("--tales", type=int, default=300, help="held-out tales")
         add.add_argument("--each", type=int, default=8, help="questions of each tale through the product's path")
+        add.add_argument("--linkers", choices=("main", "more", "all"), default="all")
         add.add_argument("--width", type=int, default=256)
         add.add_argument("--layers", type=int, default=8)
         add.add_argument("--inner", type=int, default=512)

@@ -11,6 +11,7 @@ import multiprocessing as mp
 import os
 import queue
 import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,9 +57,16 @@ def _stream(tokenizer_file: str, out: Any, stage: Any, worker: int, run: int, ro
 
 
 class CurriculumFeed:
-    """Worker processes that make the base's rows; use as a context manager."""
+    """Worker processes that make the base's rows, and a thread that brings ``chunks`` of them to ``device`` at a time.
 
-    def __init__(self, tokenizer_file: Path, workers: int, run: int, rows_each: int) -> None:
+    Use as a context manager.
+    """
+
+    def __init__(
+        self, tokenizer_file: Path, workers: int, run: int, rows_each: int, chunks: int, device: torch.device
+    ) -> None:
+        self._chunks, self._device = chunks, device
+        self._ready: queue.Queue[Any] = queue.Queue(maxsize=4)
         context = mp.get_context("spawn")
         self._queue: Any = context.Queue(maxsize=6 * workers)
         self._stage: Any = context.Value("i", 0)
@@ -70,6 +78,7 @@ class CurriculumFeed:
     def __enter__(self) -> CurriculumFeed:
         for process in self._processes:
             process.start()
+        threading.Thread(target=self._collect, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,13 +90,21 @@ class CurriculumFeed:
         """Tales made from now on belong to this stage."""
         self._stage.value = stage
 
-    def take(self, chunks: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """The next batch, on ``device``. Raises ``RuntimeError`` if the workers stopped."""
+    def _collect(self) -> None:
         try:
-            parts = [Rows(*self._queue.get(timeout=90)) for _ in range(chunks)]
-        except queue.Empty:
-            raise RuntimeError("the workers made no rows for 90 seconds; see their output above") from None
-        return to_device(Rows.joined(parts), device)
+            while True:
+                parts = [Rows(*self._queue.get(timeout=90)) for _ in range(self._chunks)]
+                self._ready.put(to_device(Rows.joined(parts), self._device))
+        except Exception as error:  # handed to the training loop, which raises it
+            self._ready.put(error)
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The next batch. Raises ``RuntimeError`` if the workers stopped."""
+        batch = self._ready.get()
+        if isinstance(batch, Exception):
+            raise RuntimeError("the workers made no rows for 90 seconds; see their output above") from batch
+        tokens, answers, tags = batch
+        return tokens, answers, tags
 
 
 def chunk_rows(packer: TalePacker, modes: tuple[str, ...], chunk: int, rows: int) -> Rows:

@@ -1,8 +1,7 @@
 """Tales as token rows, in the layout of ``embedded/kvlink.json``, for each mode of the family.
 
 As in ``training/batches.py`` a row holds prompts one after the other, each with many questions that do not see each
-other, and three integers a token say what it may attend to (``llama.dense_mask``). Here an answer is one token and the
-end, and documents may stand between rows of a soft wrap.
+other, and three integers a token say what it may attend to (``llama.dense_mask``). Here documents may stand between rows of a soft wrap.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ VOCABULARY = tk.VOCABULARY
 LINK_ROWS, WRAP_ROWS = VOCABULARY, VOCABULARY + 5
 EXTRA = 5 + HEADER + TRAILER
 
-ROW, ANSWERS, SLOTS = 1024, 128, 64
+ROW, ANSWERS, SLOTS = 1024, 448, 64
 IGNORED = -100
 
 
@@ -97,7 +96,7 @@ class TalePacker:
     def turn(self, question: TaleQuestion) -> tuple[list[int], list[int]]:
         """Token ids of what follows the documents up to the answer, and of the answer with its end."""
         asked = [*self._encoder.encode(question.question), self._end, self._assistant]
-        return asked, [*self._encoder.encode(f" {question.answer}"), self._end]
+        return asked, [*self._encoder.encode(question.answer), self._end]
 
     def fill(self, rows: list[_Row], modes: list[str], tale: Tale, tags: list[int], *, whole: bool = False) -> bool:
         """Add the tale to each of ``rows`` in its mode, with as many questions as fit all of them.
@@ -170,10 +169,10 @@ class Stage:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage(TaleLevel(pool=20, relations=2, kinds="w", pronouns=0.0, facts=1, hops=False), (2, 4)),
-    Stage(TaleLevel(kinds="wm", pronouns=0.0, facts=1, hops=False), (2, 6)),
-    Stage(TaleLevel(pronouns=0.3, facts=2, hops=False), (3, 8)),
-    Stage(TaleLevel(pronouns=0.5), (3, 10)),
+    Stage(TaleLevel(bare=True, pool=40, kinds="w", pronouns=0.0, facts=1), (2, 4)),
+    Stage(TaleLevel(bare=True, pronouns=0.0, facts=1), (2, 8)),
+    Stage(TaleLevel(pronouns=0.0, facts=1, hops=False), (2, 8)),
+    Stage(TaleLevel(pronouns=0.4, facts=2, hops=False), (3, 10)),
     Stage(WHOLE, (4, 20)),
 )
 LAST = len(STAGES) - 1

@@ -8,7 +8,9 @@ that names the subject finds its passages by their order. A tale is made so that
 - **Subjects come back.** The same woman is named again later, others in between, and all of them have the same few
   relations. So there are several "She plays the ...", and which is whose follows from the passages before it, not from
   the question: a question would have to resolve every candidate.
-- Answers are the value alone ("harp"), so that no chain of reasoning can be spelled out before it.
+
+Answers are sentences, as in the worlds ("Maria plays the harp."). With the value alone as the answer, a base of this size
+did not learn to tell subjects apart in 330 M tokens: it stayed at guessing among the values of a relation.
 
 ``make_tale(seed, ...)`` is a pure function of its arguments on every platform; seeds are split as for worlds.
 """
@@ -27,7 +29,7 @@ KINDS = ("fact", "pronoun", "two-hop", "two-hop-pronoun")
 
 @dataclass(frozen=True)
 class TaleQuestion:
-    """``kind`` is one of ``KINDS``; the answer is the value alone."""
+    """``kind`` is one of ``KINDS``; a two-hop answer is a sentence that names the subject between."""
 
     kind: str
     question: str
@@ -46,8 +48,8 @@ class Tale:
 class TaleLevel:
     """How hard tales are. The defaults are the whole task; training's curriculum starts below."""
 
+    bare: bool = False  # "Maria Oslo." instead of sentences, one fact for each subject
     pool: int = 1000  # entries of each word list that may be used
-    relations: int = 100  # relations of each kind of subject that may be used
     kinds: str = "wmc"  # women, men, companies
     pronouns: float = 0.55  # share of passages that name nobody, where one can
     facts: int = 3  # most facts in a passage
@@ -60,30 +62,25 @@ WHOLE = TaleLevel()
 @dataclass(frozen=True)
 class _Relation:
     value: str  # what kind of value: a word list, or "person" or "company"
-    statements: tuple[str, ...]
-    questions: tuple[str, ...]
+    statement: str
+    question: str
     bridge: str = ""
 
 
 _PERSON = (
-    _Relation("city", ("{s} lives in {v}.", "{s} has a home in {v}."), ("Where does {s} live?",)),
-    _Relation("instrument", ("{s} plays the {v}.",), ("Which instrument does {s} play?",)),
-    _Relation("person", ("{s} is a friend of {v}.",), ("Who is the friend of {s}?",), "the friend of {s}"),
-    _Relation(
-        "company",
-        ("{s} works for {v}.", "{s} has a job at {v}."),
-        ("Which company does {s} work for?",),
-        "the company that {s} works for",
-    ),
-    _Relation("language", ("{s} speaks {v}.",), ("Which language does {s} speak?",)),
-    _Relation("study", ("{s} studied {v}.",), ("What did {s} study?",)),
-    _Relation("year", ("{s} was born in {v}.",), ("When was {s} born?",)),
+    _Relation("city", "{s} lives in {v}.", "Where does {s} live?"),
+    _Relation("instrument", "{s} plays the {v}.", "Which instrument does {s} play?"),
+    _Relation("person", "{s} is a friend of {v}.", "Who is the friend of {s}?", "the friend of {s}"),
+    _Relation("company", "{s} works for {v}.", "Which company does {s} work for?", "the company that {s} works for"),
+    _Relation("language", "{s} speaks {v}.", "Which language does {s} speak?"),
+    _Relation("study", "{s} studied {v}.", "What did {s} study?"),
+    _Relation("year", "{s} was born in {v}.", "When was {s} born?"),
 )
 _COMPANY = (
-    _Relation("city", ("{s} is based in {v}.", "{s} has its seat in {v}."), ("Where is {s} based?",)),
-    _Relation("product", ("{s} makes {v}.",), ("What does {s} make?",)),
-    _Relation("person", ("{s} is run by {v}.",), ("Who runs {s}?",), "the person who runs {s}"),
-    _Relation("year", ("{s} was founded in {v}.",), ("When was {s} founded?",)),
+    _Relation("city", "{s} is based in {v}.", "Where is {s} based?"),
+    _Relation("product", "{s} makes {v}.", "What does {s} make?"),
+    _Relation("person", "{s} is run by {v}.", "Who runs {s}?", "the person who runs {s}"),
+    _Relation("year", "{s} was founded in {v}.", "When was {s} founded?"),
 )
 _WORDS = {
     "city": lx.CITIES,
@@ -146,9 +143,9 @@ def _subjects(rng: random.Random, many: int, level: TaleLevel) -> list[_Subject]
         while name in used:
             name = _pick(rng, words, level)
         used.add(name)
-        relations = list((_COMPANY if kind == "c" else _PERSON)[: level.relations])
+        relations = list(_COMPANY if kind == "c" else _PERSON)
         rng.shuffle(relations)
-        subjects.append(_Subject(kind, name, relations))
+        subjects.append(_Subject(kind, name, relations[:1] if level.bare else relations))
     return subjects
 
 
@@ -165,8 +162,7 @@ def _passage(
         value, target = _value(rng, relation, subject, subjects, level)
         subject.facts.append(_Fact(relation, value, target, named))
         says = subject.name if named and number == 0 else _PRONOUNS[subject.kind]
-        statement = relation.statements[int(rng.random() * len(relation.statements))]
-        sentences.append(statement.format(s=says, v=value))
+        sentences.append(f"{says} {value}." if level.bare else relation.statement.format(s=says, v=value))
     return " ".join(sentences)
 
 
@@ -195,21 +191,21 @@ def _ask(rng: random.Random, subjects: list[_Subject], level: TaleLevel) -> list
     hops: list[TaleQuestion] = []
     for subject in subjects:
         for fact in subject.facts:
-            single.append(
-                TaleQuestion("fact" if fact.named else "pronoun", _question(rng, fact, subject.name), fact.value)
-            )
+            if level.bare:
+                single.append(TaleQuestion("fact", f"{subject.name}?", f"{subject.name} {fact.value}."))
+                continue
+            kind = "fact" if fact.named else "pronoun"
+            said = fact.relation.statement.format(s=subject.name, v=fact.value)
+            single.append(TaleQuestion(kind, fact.relation.question.format(s=subject.name), said))
             if not level.hops or fact.target is None:
                 continue
             bridge = fact.relation.bridge.format(s=subject.name)
+            who = "which" if fact.target.kind == "c" else "who"
             for second in fact.target.facts:
                 kind = "two-hop" if fact.named and second.named else "two-hop-pronoun"
-                hops.append(TaleQuestion(kind, _question(rng, second, bridge), second.value))
+                clause = second.relation.statement.format(s=who, v=second.value)
+                hops.append(TaleQuestion(kind, second.relation.question.format(s=bridge), f"{said[:-1]}, {clause}"))
     rng.shuffle(hops)
     questions = single + hops[: len(single)]
     rng.shuffle(questions)
     return questions
-
-
-def _question(rng: random.Random, fact: _Fact, name: str) -> str:
-    asks = fact.relation.questions
-    return asks[int(rng.random() * len(asks))].format(s=name)

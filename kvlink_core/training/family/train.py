@@ -148,10 +148,12 @@ def _base(
     stage, stage_began, streak, step, spent = 0, 0.0, 0, 0, 0.0
     tally = torch.zeros(2, 2 * len(KINDS), device=device)
     losses = torch.zeros((), device=device)
-    with CurriculumFeed(job.layout / "tokenizer.json", job.workers, job.seed, each) as feed:
+    with CurriculumFeed(
+        job.layout / "tokenizer.json", job.workers, job.seed, each, job.rows // each, device
+    ) as feed:
         tick = 0.0
         while spent < job.seconds:
-            tokens, answers, tags = feed.take(job.rows // each, device)
+            tokens, answers, tags = feed.take()
             if step == 20:  # the first steps compile and do not count
                 tick = time.monotonic()
             spent = time.monotonic() - tick if step >= 20 else 0.0
@@ -170,7 +172,7 @@ def _base(
                     f"step {step} {spent:.0f}s stage {stage} loss {float(losses) / 20:.4f} lr {rate:.1e} "
                     f"{step * job.rows * ROW / max(spent, 1) / 1e6:.2f} Mtok/s | {shares}"
                 )
-            streak = streak + 1 if now >= (0.95 if stage < 2 else 0.9) else 0
+            streak = streak + 1 if now >= (0.95 if stage < 3 else 0.9) else 0
             late = spent - stage_began > 0.14 * job.seconds
             if stage < LAST and (streak >= 3 or late):
                 stage, streak, stage_began = stage + 1, 0, spent
