@@ -45,7 +45,9 @@ def held_out(tales: int, each: int, passages: tuple[int, int] = (4, 20)) -> tupl
     return made, asked
 
 
-def answers(model: LoadedModel, linkers: Sequence[str], tale: Tale, questions: Sequence[TaleQuestion]) -> list[list[str]]:
+def answers(
+    model: LoadedModel, linkers: Sequence[str], tale: Tale, questions: Sequence[TaleQuestion]
+) -> list[list[str]]:
     """Greedy answers, ``[linkers][questions]``; the tale's passages are encoded once."""
     documents = [model.layout.document_tokens(Document(str(i), p), i) for i, p in enumerate(tale.passages)]
     caches = DocumentEncoder(model).encode(documents)
@@ -57,9 +59,7 @@ def answers(model: LoadedModel, linkers: Sequence[str], tale: Tale, questions: S
             plain = [list(model.layout.wrap.inside(d)) for d in documents]
         of_linker = []
         for question in questions:
-            prompt = model.layout.build(
-                [Message("user", question.question)], plain, links=linker.links(model.layout)
-            )
+            prompt = model.layout.build([Message("user", question.question)], plain, links=linker.links(model.layout))
             linked = linker.link(model, prompt, caches if linker.uses_caches else [], reserve=MAX_ANSWER_TOKENS)
             generation = Generation(linked, SamplingParams(), max_tokens=MAX_ANSWER_TOKENS, stop_ids=model.stop_ids)
             of_linker.append("".join(event.text for event in generation).strip())
@@ -80,10 +80,10 @@ def grade(
 ) -> dict[tuple[str, str], dict[int, str]]:
     """Answers by (model directory's parent name, linker) and question number, in parallel processes.
 
-    Tasks are taken in order, ``block`` tales at a time; what is not begun after ``seconds`` is left out.
+    ``block`` tales at a time, all tasks in turn; what is not begun after ``seconds`` is left out.
     """
     context = mp.get_context("spawn")
-    jobs = [(task, first, min(first + block, tales), tales, each) for task in tasks for first in range(0, tales, block)]
+    jobs = [(task, first, min(first + block, tales), tales, each) for first in range(0, tales, block) for task in tasks]
     until = time.time() + seconds
     found: dict[tuple[str, str], dict[int, str]] = {}
     with context.Pool(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -39,9 +39,7 @@ class FamilyLlama(TrainingLlama):
         return logits.float()
 
 
-def export(
-    shape: Shape, weights: Mapping[str, Tensor], variant: str, layout: Path, folder: Path, name: str
-) -> None:
+def export(shape: Shape, weights: Mapping[str, Tensor], variant: str, layout: Path, folder: Path, name: str) -> None:
     """Write a directory that ``load_model`` takes: weights in bfloat16, tokenizer and ``kvlink.json`` of ``variant``.
 
     Args:

@@ -133,7 +133,9 @@ class TalePacker:
                 row.tags.append(tags[number - 1])
         return True
 
-    def rows(self, stream: Iterable[tuple[Tale, list[int]]], modes: list[str], *, whole: bool = False) -> Iterator[Rows]:
+    def rows(
+        self, stream: Iterable[tuple[Tale, list[int]]], modes: list[str], *, whole: bool = False
+    ) -> Iterator[Rows]:
         """Pack tales in order into rows of one or more modes at once: ``[len(modes)]`` rows, the same questions."""
         current = [_Row() for _ in modes]
         for tale, tags in stream:

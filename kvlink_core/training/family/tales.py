@@ -153,9 +153,7 @@ def _pick(rng: random.Random, words: list[str], level: TaleLevel) -> str:
     return words[int(rng.random() * min(len(words), level.pool))]
 
 
-def _passage(
-    rng: random.Random, subject: _Subject, named: bool, subjects: list[_Subject], level: TaleLevel
-) -> str:
+def _passage(rng: random.Random, subject: _Subject, named: bool, subjects: list[_Subject], level: TaleLevel) -> str:
     sentences = []
     for number in range(min(rng.randint(1, level.facts), len(subject.free))):
         relation = subject.free.pop()

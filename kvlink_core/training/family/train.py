@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Job:
     device: str = "cuda"
     attention: str = "flex"
     compiled: bool = True
-    shape: Shape = Shape()
+    shape: Shape = field(default_factory=Shape)
     tales: int = 300
 
 
@@ -148,9 +148,7 @@ def _base(
     stage, stage_began, streak, step, spent = 0, 0.0, 0, 0, 0.0
     tally = torch.zeros(2, 2 * len(KINDS), device=device)
     losses = torch.zeros((), device=device)
-    with CurriculumFeed(
-        job.layout / "tokenizer.json", job.workers, job.seed, each, job.rows // each, device
-    ) as feed:
+    with CurriculumFeed(job.layout / "tokenizer.json", job.workers, job.seed, each, job.rows // each, device) as feed:
         tick = 0.0
         while spent < job.seconds:
             tokens, answers, tags = feed.take()
@@ -183,9 +181,7 @@ def _base(
     return {"steps": step, "seconds": round(spent, 1), "tokens": step * job.rows * ROW, "last_stage": stage}
 
 
-def _tune(
-    job: Job, forward: Forward, optimizer: torch.optim.Optimizer, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _tune(job: Job, forward: Forward, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> dict[str, Any]:
     assert job.pool is not None
     device = torch.device(job.device)
     feed = PoolFeed(job.pool, job.variant, job.chunks, job.seed, device)
@@ -217,15 +213,29 @@ def _tune(
             spent = time.monotonic() - tick
             right, asked = tally[0].tolist(), tally[1].tolist()
             shares = " ".join(f"{k}={r / max(a, 1):.3f}" for k, r, a in zip(KINDS * 2, right, asked, strict=True))
-            curve.append([step, round(float(losses) / 100, 5), *(round(r / max(a, 1), 4) for r, a in zip(right, asked, strict=True))])
+            curve.append(
+                [
+                    step,
+                    round(float(losses) / 100, 5),
+                    *(round(r / max(a, 1), 4) for r, a in zip(right, asked, strict=True)),
+                ]
+            )
             if step % 300 == 0:
-                say(f"step {step} {spent:.0f}s loss {curve[-1][1]:.4f} {step * job.rows * ROW / spent / 1e6:.2f} Mtok/s | {shares}")
+                say(
+                    f"step {step} {spent:.0f}s loss {curve[-1][1]:.4f} {step * job.rows * ROW / spent / 1e6:.2f} Mtok/s | {shares}"
+                )
             tally.zero_()
             losses.zero_()
             if spent > job.seconds:
                 say(f"out of time at step {step} of {job.steps}")
                 break
-    return {"steps": step, "of_steps": job.steps, "seconds": round(spent, 1), "tokens": step * job.rows * ROW, "curve": curve}
+    return {
+        "steps": step,
+        "of_steps": job.steps,
+        "seconds": round(spent, 1),
+        "tokens": step * job.rows * ROW,
+        "curve": curve,
+    }
 
 
 def _cosine(done: float) -> float:
@@ -248,7 +258,10 @@ def _step(
     else:
         used = answers[1].flatten() != IGNORED
         divergence = F.kl_div(
-            logits.flatten(0, 1).log_softmax(-1), teacher.flatten(0, 1).log_softmax(-1), reduction="none", log_target=True
+            logits.flatten(0, 1).log_softmax(-1),
+            teacher.flatten(0, 1).log_softmax(-1),
+            reduction="none",
+            log_target=True,
         ).sum(-1)
         loss = (divergence * used).sum() / used.sum().clamp(min=1)
     optimizer.zero_grad(set_to_none=True)
@@ -282,9 +295,10 @@ def held_out(job: Job, mode: str, passages: tuple[int, int] = (4, 20)) -> tuple[
     packer = TalePacker(job.layout / "tokenizer.json", own_links=job.variant == "link-only")
     kinds = [KINDS.index(q.kind) for tale in tales for q in tale.questions]
     stream, first = [], 0
+    each = 8 if mode == "wrap" else 24  # as many as fit a row beside the longest tale
     for tale in tales:
-        for start in range(0, len(tale.questions), 24):  # as many as fit a row beside the longest tale
-            part = tale.questions[start : start + 24]
+        for start in range(0, len(tale.questions), each):
+            part = tale.questions[start : start + each]
             stream.append((type(tale)(tale.passages, part), list(range(first, first + len(part)))))
             first += len(part)
     return Rows.joined(list(packer.rows(iter(stream), [mode], whole=True))), kinds

@@ -79,7 +79,9 @@ def prepare(recipe: Recipe, out: Path) -> Target:
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelNotFoundError(f"cannot load the tokenizer of {str(base)!r}: {error}") from error
-    keys: dict[str, Any] = json.loads((base / "kvlink.json").read_text("utf-8")) if (base / "kvlink.json").is_file() else {}
+    keys: dict[str, Any] = (
+        json.loads((base / "kvlink.json").read_text("utf-8")) if (base / "kvlink.json").is_file() else {}
+    )
     keys["name"] = recipe.name or out.name
     keys.pop("default_linker", None)
     links, added = None, ()
@@ -106,7 +108,9 @@ def _links(recipe: Recipe, file: LayoutFile, tokenizer: Any) -> tuple[LinkTokens
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     if want.tokens is not None:
         if missing := [t for t in want.tokens if t not in vocabulary]:
-            raise ConfigError(f"links.tokens: the vocabulary has no token {missing[0]!r}; leave tokens out to add new ones.")
+            raise ConfigError(
+                f"links.tokens: the vocabulary has no token {missing[0]!r}; leave tokens out to add new ones."
+            )
         ids = tuple(vocabulary[t] for t in want.tokens)
         if len(set(ids)) != len(ids):
             raise ConfigError("links.tokens names a token twice.")

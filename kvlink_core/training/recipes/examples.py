@@ -206,5 +206,3 @@ def _documents(keys: dict[str, Any]) -> list[Document]:
         title = _string(entry, "title") if entry.get("title") else None
         out.append(Document(str(number), _string(entry, "text"), title))
     return out
-
-

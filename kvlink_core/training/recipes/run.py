@@ -41,7 +41,9 @@ class Outcome:
     left_out: int
 
 
-def train(recipe: Recipe, out: Path, *, resume: bool = False, device: str | None = None, stop_after: int | None = None) -> Outcome:
+def train(
+    recipe: Recipe, out: Path, *, resume: bool = False, device: str | None = None, stop_after: int | None = None
+) -> Outcome:
     """Run a recipe.
 
     Args:
@@ -65,7 +67,9 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, device: str | None
     trainee = _trainee(recipe, target, network)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if recipe.rows % (recipe.rows_at_once * world):
-        raise ConfigError(f"rows ({recipe.rows}) must be a multiple of rows_at_once ({recipe.rows_at_once}) x {world} processes.")
+        raise ConfigError(
+            f"rows ({recipe.rows}) must be a multiple of rows_at_once ({recipe.rows_at_once}) x {world} processes."
+        )
     trainer = _trainer(recipe, target, trainee, world, device, stop_after)
     if main:
         (out / CHECKPOINTS).mkdir(exist_ok=True)
@@ -83,7 +87,9 @@ def _check_extra() -> None:
         import accelerate  # noqa: F401
         import tensorboard  # type: ignore[import-untyped,unused-ignore]  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"training needs the extra 'train' ({error.name} is missing): pip install 'kvlink[train]'.") from error
+        raise ConfigError(
+            f"training needs the extra 'train' ({error.name} is missing): pip install 'kvlink[train]'."
+        ) from error
 
 
 def _canonical(recipe: Recipe) -> str:
@@ -96,7 +102,9 @@ def _checkpoint(recipe: Recipe, out: Path, resume: bool) -> Path | None:
     there = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     if not resume:
         if there:
-            raise ConfigError(f"{str(folder)!r} has checkpoints of an earlier run: say --resume to go on, or another --out.")
+            raise ConfigError(
+                f"{str(folder)!r} has checkpoints of an earlier run: say --resume to go on, or another --out."
+            )
         if (out / "config.json").exists() and not folder.exists():
             raise ConfigError(f"{str(out)!r} holds a model already; name another --out.")
         return None
@@ -104,7 +112,9 @@ def _checkpoint(recipe: Recipe, out: Path, resume: bool) -> Path | None:
         raise ConfigError(f"there is no checkpoint in {str(folder)!r} to resume from; leave --resume out.")
     before = folder / "recipe.json"
     if before.is_file() and before.read_text("utf-8") != _canonical(recipe):
-        raise ConfigError(f"the recipe differs from the one that {str(folder)!r} was begun with (its recipe.json); use that one.")
+        raise ConfigError(
+            f"the recipe differs from the one that {str(folder)!r} was begun with (its recipe.json); use that one."
+        )
     return there[-1]
 
 
@@ -122,7 +132,9 @@ def _network(recipe: Recipe, target: Target) -> Any:
             local_files_only=True,
             use_safetensors=True,
             dtype=dtype,
-            attn_implementation="flex_attention" if recipe.attention == "flex" else _plain_attention(description.config),
+            attn_implementation="flex_attention"
+            if recipe.attention == "flex"
+            else _plain_attention(description.config),
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelError(f"cannot load the model at {str(target.base)!r} for training: {first_line(error)}") from error
@@ -325,5 +337,3 @@ def _write(recipe: Recipe, target: Target, trainee: Trainee) -> None:
             embedding.weight[list(target.links.ids)] = values.to(embedding.weight)
     dtype = describe_model(str(target.base), device="cuda").dtype
     network.to(dtype).save_pretrained(str(target.out))
-
-
