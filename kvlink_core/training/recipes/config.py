@@ -70,7 +70,7 @@ class Lora(_Strict):
     """A PEFT LoRA adapter instead of the whole model; it is merged into the weights that are written."""
 
     rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 

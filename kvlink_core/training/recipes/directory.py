@@ -84,7 +84,8 @@ def prepare(recipe: Recipe, out: Path) -> Target:
     )
     keys["name"] = recipe.name or out.name
     keys.pop("default_linker", None)
-    links, added = None, ()
+    links: LinkTokens | None = None
+    added: tuple[int, ...] = ()
     if recipe.train == "wrap":
         hidden = _hidden(base)
         write_wrap(out, torch.zeros(recipe.wrap.header + recipe.wrap.trailer, hidden), recipe.wrap.header)

@@ -186,7 +186,7 @@ def _conversation(keys: dict[str, Any], kind: str, instruction: str) -> tuple[li
     messages = keys["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages) or not messages:
         raise _BadLine("'messages' must be a list of objects with role and content.")
-    turns = [Message(_string(m, "role"), _string(m, "content")) for m in messages]  # type: ignore[arg-type]
+    turns = [Message(_string(m, "role"), _string(m, "content")) for m in messages]
     answer = _string(keys, "answer") if "answer" in keys else None
     if turns[-1].role == "assistant":
         answer = turns.pop().content

@@ -97,8 +97,8 @@ def collate(rows: Sequence[Sequence[Pair]], multiple: int = 8) -> dict[str, Any]
     """Tensors of some rows, padded to the longest of them, rounded up to ``multiple``.
 
     Returns:
-        int64 ``[rows, tokens]``: ``input_ids``; ``positions``, from 0 in each example; ``context``, the example's number
-        in its row, from 1, 0 for padding; ``document`` as in ``Example``; ``labels``, at the token that predicts.
+        int64 ``[rows, tokens]``: ``input_ids``; ``positions``, from 0 in each example; ``context``, the example's
+        number in its row, from 1, 0 for padding; ``document`` as in ``Example``; ``labels``, at the token that predicts.
         With ``teacher_`` before the name, the same for the teachers' examples, if they have some.
     """
     batch = _tensors([[pair.example for pair in row] for row in rows], multiple)

@@ -61,7 +61,7 @@ def train(
     _check_extra()
     last = _checkpoint(recipe, out, resume)
     main = int(os.environ.get("RANK", "0")) == 0
-    target = prepare(recipe, out) if main or not (out / "kvlink.json").is_file() else prepare(recipe, out)
+    target = prepare(recipe, out)
     torch.manual_seed(recipe.seed)
     network = _network(recipe, target)
     trainee = _trainee(recipe, target, network)
@@ -85,7 +85,7 @@ def train(
 def _check_extra() -> None:
     try:
         import accelerate  # noqa: F401
-        import tensorboard  # type: ignore[import-untyped,unused-ignore]  # noqa: F401
+        import tensorboard  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             f"training needs the extra 'train' ({error.name} is missing): pip install 'kvlink[train]'."
@@ -134,7 +134,7 @@ def _network(recipe: Recipe, target: Target) -> Any:
             dtype=dtype,
             attn_implementation="flex_attention"
             if recipe.attention == "flex"
-            else _plain_attention(description.config),
+            else plain_attention(description.config),
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelError(f"cannot load the model at {str(target.base)!r} for training: {first_line(error)}") from error
@@ -150,7 +150,8 @@ def _network(recipe: Recipe, target: Target) -> Any:
     return network
 
 
-def _plain_attention(config: Any) -> str:
+def plain_attention(config: Any) -> str:
+    """The implementation of attention that takes a 4-D mask: SDPA, or where a model lacks it its own."""
     return "sdpa" if AutoModelForCausalLM._model_mapping[type(config)]._supports_sdpa else "eager"
 
 
