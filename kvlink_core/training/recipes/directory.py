@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from kvlink_core.errors import ConfigError, ModelNotFoundError
@@ -126,7 +127,7 @@ def _links(recipe: Recipe, file: LayoutFile, tokenizer: Any) -> tuple[LinkTokens
     names = [f"<|kvlink_{i}|>" for i in range(want.k)]
     if clash := [n for n in names if n in vocabulary]:
         raise ConfigError(f"the vocabulary has a token {clash[0]!r} already; name the link tokens in links.tokens.")
-    tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_additional_special_tokens=False)
+    tokenizer.add_tokens([AddedToken(n, special=True, normalized=False) for n in names], special_tokens=True)
     ids = tuple(int(i) for i in tokenizer.convert_tokens_to_ids(names))
     return LinkTokens(ids, want.k), ids
 

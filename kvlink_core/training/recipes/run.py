@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class Outcome:
 def train(
     recipe: Recipe, out: Path, *, resume: bool = False, device: str | None = None, stop_after: int | None = None
 ) -> Outcome:
-    """Run a recipe.
+    """Run a recipe, in one process or, where ``RANK`` and ``WORLD_SIZE`` say so, as one of several.
 
     Args:
         recipe: what to do.
@@ -59,18 +60,18 @@ def train(
         ModelError: the model cannot be loaded.
     """
     _check_extra()
-    last = _checkpoint(recipe, out, resume)
-    main = int(os.environ.get("RANK", "0")) == 0
-    target = prepare(recipe, out)
+    world, main = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0")) == 0
+    last = _checkpoint(recipe, out, resume) if main or resume else None
+    # One process writes the directory; the others lay out the same for themselves.
+    target = prepare(recipe, out if main else Path(tempfile.mkdtemp(prefix="kvlink-train-")))
     torch.manual_seed(recipe.seed)
     network = _network(recipe, target)
     trainee = _trainee(recipe, target, network)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     if recipe.rows % (recipe.rows_at_once * world):
         raise ConfigError(
             f"rows ({recipe.rows}) must be a multiple of rows_at_once ({recipe.rows_at_once}) x {world} processes."
         )
-    trainer = _trainer(recipe, target, trainee, world, device, stop_after)
+    trainer = _trainer(recipe, target, trainee, out / CHECKPOINTS, world, device, stop_after)
     if main:
         (out / CHECKPOINTS).mkdir(exist_ok=True)
         (out / CHECKPOINTS / "recipe.json").write_text(_canonical(recipe), encoding="utf-8")
@@ -132,9 +133,7 @@ def _network(recipe: Recipe, target: Target) -> Any:
             local_files_only=True,
             use_safetensors=True,
             dtype=dtype,
-            attn_implementation="flex_attention"
-            if recipe.attention == "flex"
-            else plain_attention(description.config),
+            attn_implementation="flex_attention" if recipe.attention == "flex" else plain_attention(description.config),
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelError(f"cannot load the model at {str(target.base)!r} for training: {first_line(error)}") from error
@@ -209,7 +208,13 @@ def _with_lora(recipe: Recipe, network: Any) -> Any:
 
 
 def _trainer(
-    recipe: Recipe, target: Target, trainee: Trainee, world: int, device: str | None, stop_after: int | None
+    recipe: Recipe,
+    target: Target,
+    trainee: Trainee,
+    folder: Path,
+    world: int,
+    device: str | None,
+    stop_after: int | None,
 ) -> Any:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -234,8 +239,7 @@ def _trainer(
                 control.should_save = True
                 control.should_training_stop = True
 
-    folder = target.out / CHECKPOINTS
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=recipe.rows_at_once,

@@ -89,7 +89,11 @@ def test_a_wrap(tmp_path: Path, plain_data: Path) -> None:
     values = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
     save_file({"header": values[:2].contiguous(), "trailer": values[2:].contiguous()}, directory / "w.safetensors")
     layout = (directory / "kvlink.json").read_text()
-    (directory / "kvlink.json").write_text(layout.replace('"link_tokens": {"k": 3, "ids": [263, 264, 265], "per_place": false}', '"soft_wrap": "w.safetensors"'))
+    (directory / "kvlink.json").write_text(
+        layout.replace(
+            '"link_tokens": {"k": 3, "ids": [263, 264, 265], "per_place": false}', '"soft_wrap": "w.safetensors"'
+        )
+    )
     model = load_model(str(directory))
     rows = Rows(tuple(range(2**31, 2**31 + 5)), values)
     assert under_the_mask(model, plain_data, "segments", rows) == pytest.approx(

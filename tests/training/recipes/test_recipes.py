@@ -32,15 +32,14 @@ def falls(outcome: Outcome) -> bool:
     return sum(values[-3:]) < sum(values[:3])
 
 
-def answers_with(directory: Path, linker: str) -> str:
-    """Which linker a request gets that names none."""
+def answers_with(directory: Path, linker: str) -> None:
+    """What was written loads as it is, and a request that names no linker gets the one that was trained for."""
     session = Session(load_model(str(directory)))
     answer = session.start(
         AnswerRequest([Message("user", "Who?")], [Document("a", "Anna sings.")], sampling=SamplingParams(max_tokens=2))
     )
     answer.text()
     assert answer.linker == linker
-    return answer.linker
 
 
 def test_link_only(make: Any, tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -63,7 +62,12 @@ def test_the_whole_model_on_a_mixture(make: Any, data: Path, tiny_model_dir: Pat
         for file, kind, attention in kinds
     ]
     recipe = make(
-        train="model", mixture=mixture, learning_rate=0.01, gradient_checkpointing=True, dtype="bfloat16", rows_at_once=2
+        train="model",
+        mixture=mixture,
+        learning_rate=0.01,
+        gradient_checkpointing=True,
+        dtype="bfloat16",
+        rows_at_once=2,
     )
     outcome = train(recipe, tmp_path / "out", device="cpu")
     assert falls(outcome)
@@ -75,10 +79,8 @@ def test_a_lora_adapter_is_merged(make: Any, tiny_model_dir: Path, tmp_path: Pat
     recipe = make(train="model", lora={"rank": 2, "targets": ["q_proj", "v_proj"]}, learning_rate=0.02)
     assert falls(train(recipe, tmp_path / "out", device="cpu"))
     before, after = weights(tiny_model_dir), weights(tmp_path / "out")
-    changed = {n.rpartition(".layers.")[2][2:] for n in before if not torch.equal(before[n], after[n])}
-    assert changed == {"self_attn.q_proj.weight", "self_attn.v_proj.weight", "l.embed_tokens.weight"[2:]} or (
-        {"self_attn.q_proj.weight", "self_attn.v_proj.weight"} <= changed
-    )
+    changed = {n.partition(".self_attn.")[2] for n in before if not torch.equal(before[n], after[n])}
+    assert changed == {"q_proj.weight", "v_proj.weight", ""}  # and the rows of the link tokens
     assert before.keys() == after.keys()
     answers_with(tmp_path / "out", "link-tokens")
 
@@ -120,7 +122,8 @@ def test_new_link_tokens(make: Any, tiny_model_dir: Path, tmp_path: Path) -> Non
     model = load_model(str(tmp_path / "out"))
     assert model.layout.link_tokens is not None
     assert model.layout.link_tokens.ids == (266, 267)
-    assert torch.equal(weights(base)["model.embed_tokens.weight"], weights(tmp_path / "out")["model.embed_tokens.weight"][:266])
+    name = "model.embed_tokens.weight"
+    assert torch.equal(weights(base)[name], weights(tmp_path / "out")[name][:266])
     answers_with(tmp_path / "out", "link-tokens")
 
 
