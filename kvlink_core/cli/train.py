@@ -43,6 +43,7 @@ def train(
     device: Annotated[str | None, typer.Option(help="`cpu` to leave an accelerator alone.")] = None,
     show: Annotated[bool, typer.Option("--show", help="Print a recipe that ships, and end.")] = False,
 ) -> None:
+    """Run a recipe; its help is ``HELP``."""
     from kvlink_core.training.recipes.config import read_recipe, shipped
 
     if show:
@@ -64,5 +65,3 @@ def train(
     )
     stdout.print(f"{outcome.directory}: kvlink ask --model {outcome.directory} ...", highlight=False, soft_wrap=True)
 
-
-train.__doc__ = HELP

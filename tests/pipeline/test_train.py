@@ -31,7 +31,7 @@ def test_two_workers(ray_session: None, tiny_model_dir: Path, tmp_path: Path) ->
             "learning_rate": 0.01,
             "dtype": "float32",
             "gradient_checkpointing": False,
-        }  # fmt: skip
+        }
     )
     run(recipe, tmp_path / "two", workers=2, gpu=False)
     from kvlink_core.training.recipes.run import train

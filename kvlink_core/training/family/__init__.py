@@ -1,1 +1,1 @@
-"""The embedded family: one base trained with full attention on generated tales, and fine-tunes of it for each linker."""
+"""The embedded family: a base trained with full attention on generated tales, and its fine-tunes for each linker."""

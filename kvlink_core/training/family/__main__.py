@@ -21,7 +21,7 @@ from typing import Any
 
 VARIANTS = ("k0", "k1", "k5", "wrap", "link-only")
 _RECOMPUTING = ("concat", "epic:k=4", "epic:k=8", "cacheblend:ratio=0.15", "cacheblend:ratio=0.3")
-MAIN_LINKERS = {
+MAIN_LINKERS: dict[str, tuple[str, ...]] = {
     "base": ("full", "reposition"),
     "k0": ("full", "reposition"),
     "k1": ("full", "link-tokens"),
@@ -29,7 +29,7 @@ MAIN_LINKERS = {
     "wrap": ("full", "soft-wrap"),
     "link-only": ("full", "link-tokens"),
 }
-MORE_LINKERS = {
+MORE_LINKERS: dict[str, tuple[str, ...]] = {
     "base": _RECOMPUTING,
     "k0": _RECOMPUTING,
     "k5": ("reposition", "link-tokens:k=1", *_RECOMPUTING),
@@ -99,6 +99,7 @@ def _linked(options: argparse.Namespace) -> None:
     began = time.time()
     reports = {p.parent.name: json.loads(p.read_text("utf-8")) for p in sorted(options.out.glob("*/report.json"))}
     tasks = []
+    sets: dict[str, tuple[dict[str, tuple[str, ...]], ...]]
     sets = {"main": (MAIN_LINKERS,), "more": (MORE_LINKERS,), "all": (MAIN_LINKERS, MORE_LINKERS)}
     for linkers in sets[options.linkers]:
         for seed in sorted({r["seed"] for r in reports.values()}):

@@ -1,7 +1,8 @@
 """Tales as token rows, in the layout of ``embedded/kvlink.json``, for each mode of the family.
 
 As in ``training/batches.py`` a row holds prompts one after the other, each with many questions that do not see each
-other, and three integers a token say what it may attend to (``llama.dense_mask``). Here documents may stand between rows of a soft wrap.
+other, and three integers a token say what it may attend to (``llama.dense_mask``). Here documents may stand between
+rows of a soft wrap.
 """
 
 from __future__ import annotations

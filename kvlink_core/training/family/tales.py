@@ -9,8 +9,8 @@ that names the subject finds its passages by their order. A tale is made so that
   relations. So there are several "She plays the ...", and which is whose follows from the passages before it, not from
   the question: a question would have to resolve every candidate.
 
-Answers are sentences, as in the worlds ("Maria plays the harp."). With the value alone as the answer, a base of this size
-did not learn to tell subjects apart in 330 M tokens: it stayed at guessing among the values of a relation.
+Answers are sentences, as in the worlds ("Maria plays the harp."). With the value alone as the answer, a base of this
+size did not learn to tell subjects apart in 330 M tokens: it stayed at guessing among the values of a relation.
 
 ``make_tale(seed, ...)`` is a pure function of its arguments on every platform; seeds are split as for worlds.
 """
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from kvlink_core.training import lexicon as lx
 
 #: ``fact``: stated in a passage that names its subject. ``pronoun``: in one that does not. ``two-hop``: by way of
-#: another subject, both facts in passages that name theirs; ``two-hop-pronoun``: at least one in a passage that does not.
+#: another subject, both facts in passages that name theirs; ``two-hop-pronoun``: at least one is not.
 KINDS = ("fact", "pronoun", "two-hop", "two-hop-pronoun")
 
 

@@ -221,9 +221,8 @@ def _tune(job: Job, forward: Forward, optimizer: torch.optim.Optimizer, say: Cal
                 ]
             )
             if step % 300 == 0:
-                say(
-                    f"step {step} {spent:.0f}s loss {curve[-1][1]:.4f} {step * job.rows * ROW / spent / 1e6:.2f} Mtok/s | {shares}"
-                )
+                speed = step * job.rows * ROW / max(spent, 1e-3) / 1e6
+                say(f"step {step} {spent:.0f}s loss {curve[-1][1]:.4f} {speed:.2f} Mtok/s | {shares}")
             tally.zero_()
             losses.zero_()
             if spent > job.seconds:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 from tokenizers import AddedToken
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from kvlink_core.errors import ConfigError, ModelNotFoundError

@@ -98,8 +98,8 @@ def collate(rows: Sequence[Sequence[Pair]], multiple: int = 8) -> dict[str, Any]
 
     Returns:
         int64 ``[rows, tokens]``: ``input_ids``; ``positions``, from 0 in each example; ``context``, the example's
-        number in its row, from 1, 0 for padding; ``document`` as in ``Example``; ``labels``, at the token that predicts.
-        With ``teacher_`` before the name, the same for the teachers' examples, if they have some.
+        number in its row, from 1, 0 for padding; ``document`` as in ``Example``; ``labels``, at the token that
+        predicts. With ``teacher_`` before the name, the same for the teachers' examples, if they have some.
     """
     batch = _tensors([[pair.example for pair in row] for row in rows], multiple)
     if all(pair.teacher is not None for row in rows for pair in row):

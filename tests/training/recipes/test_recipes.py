@@ -1,4 +1,4 @@
-"""Each recipe on a tiny model: loss falls, what is frozen stays to the bit, resuming changes nothing, and it answers."""
+"""Each recipe on a tiny model: loss falls, what is frozen stays to the bit, resuming changes nothing; it answers."""
 
 from __future__ import annotations
 
