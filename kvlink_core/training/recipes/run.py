@@ -60,6 +60,8 @@ def train(
         ModelError: the model cannot be loaded.
     """
     _check_extra()
+    if recipe.attention == "flex" and (device == "cpu" or not torch.cuda.is_available()):
+        raise ConfigError("attention: flex trains on CUDA only; use attention: sdpa here.")
     world, main = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0")) == 0
     last = _checkpoint(recipe, out, resume) if main or resume else None
     # One process writes the directory; the others lay out the same for themselves.

@@ -165,3 +165,8 @@ def test_bad_data_is_named(make: Any, tmp_path: Path, line: str, said: str) -> N
 def test_a_missing_model(make: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"no config\.json"):
         train(make(model=str(tmp_path / "nowhere")), tmp_path / "out", device="cpu")
+
+
+def test_flex_attention_is_refused_without_cuda(make: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="attention: sdpa here"):
+        train(make(attention="flex"), tmp_path / "out", device="cpu")
