@@ -64,4 +64,3 @@ def train(
         highlight=False,
     )
     stdout.print(f"{outcome.directory}: kvlink ask --model {outcome.directory} ...", highlight=False, soft_wrap=True)
-

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from kvlink_core.engine import SamplingParams
 from kvlink_core.errors import ConfigError, ModelNotFoundError
 from kvlink_core.models import load_model
 from kvlink_core.session import AnswerRequest, Session
+from kvlink_core.training.recipes.directory import prepare
 from kvlink_core.training.recipes.run import Outcome, train
 from kvlink_core.types import Document, Message
 
@@ -112,8 +115,6 @@ def test_resuming_equals_an_uninterrupted_run(make: Any, tmp_path: Path, train_w
 
 
 def test_new_link_tokens(make: Any, tiny_model_dir: Path, tmp_path: Path) -> None:
-    import shutil
-
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir, base)
     (base / "kvlink.json").write_text("{}")
@@ -170,3 +171,19 @@ def test_a_missing_model(make: Any, tmp_path: Path) -> None:
 def test_flex_attention_is_refused_without_cuda(make: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="attention: sdpa here"):
         train(make(attention="flex"), tmp_path / "out", device="cpu")
+
+
+def test_reserved_tokens_of_the_vocabulary_are_taken_first(make: Any, tiny_model_dir: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([f"<|reserved_special_token_{i}|>" for i in range(4)], special_tokens=True)
+    tokenizer.save_pretrained(base)
+    (base / "kvlink.json").write_text(json.dumps({"mem_start": [266]}))  # the first of them has a use already
+    target = prepare(make(model=str(base), links={"k": 2}), tmp_path / "out")
+    assert target.links is not None
+    assert (target.links.ids, target.added) == ((267, 268), ())
+    named = make(model=str(base), links={"k": 1, "tokens": ["<|reserved_special_token_3|>"]})
+    assert prepare(named, tmp_path / "named").links == type(target.links)((269,), 1)
+    with pytest.raises(ConfigError, match="no token '<nothing>'"):
+        prepare(make(model=str(base), links={"k": 1, "tokens": ["<nothing>"]}), tmp_path / "bad")
