@@ -108,7 +108,7 @@ def _checkpoint(recipe: Recipe, out: Path, resume: bool) -> Path | None:
             raise ConfigError(
                 f"{str(folder)!r} has checkpoints of an earlier run: say --resume to go on, or another --out."
             )
-        if (out / "config.json").exists() and not folder.exists():
+        if (out / "config.json").exists() and list(out.glob("model*.safetensors")):
             raise ConfigError(f"{str(out)!r} holds a model already; name another --out.")
         return None
     if not there:
@@ -147,7 +147,9 @@ def _network(recipe: Recipe, target: Target) -> Any:
             start = start_of_rows(network, target.added, list(range(min(first, 1000))), recipe.seed)
             like[list(target.added)] = start.to(like.dtype)
     if recipe.gradient_checkpointing:
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.17 knows the second name only, and 5.23 warns of it.
+        enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return network
 
 
@@ -264,7 +266,7 @@ def _trainer(
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available() and device != "cpu",
         ddp_find_unused_parameters=False,
-        use_cpu=device == "cpu",
+        use_cpu=device == "cpu" or not torch.accelerator.is_available(),
         disable_tqdm=None,
     )
     multiple = 128 if recipe.attention == "flex" else 8

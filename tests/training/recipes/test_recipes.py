@@ -20,10 +20,8 @@ from kvlink_core.training.recipes.directory import prepare
 from kvlink_core.training.recipes.run import Outcome, train
 from kvlink_core.types import Document, Message
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+# Of accelerate's and TensorBoard's own making.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -78,6 +76,7 @@ def test_the_whole_model_on_a_mixture(make: Any, data: Path, tiny_model_dir: Pat
     answers_with(tmp_path / "out", "link-tokens")
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")  # peft asks by the old name
 def test_a_lora_adapter_is_merged(make: Any, tiny_model_dir: Path, tmp_path: Path) -> None:
     recipe = make(train="model", lora={"rank": 2, "targets": ["q_proj", "v_proj"]}, learning_rate=0.02)
     assert falls(train(recipe, tmp_path / "out", device="cpu"))
@@ -187,3 +186,14 @@ def test_reserved_tokens_of_the_vocabulary_are_taken_first(make: Any, tiny_model
     assert prepare(named, tmp_path / "named").links == type(target.links)((269,), 1)
     with pytest.raises(ConfigError, match="no token '<nothing>'"):
         prepare(make(model=str(base), links={"k": 1, "tokens": ["<nothing>"]}), tmp_path / "bad")
+
+
+def test_a_start_that_failed_is_no_model(make: Any, data: Path, tmp_path: Path) -> None:
+    """What was laid out before the weights does not stand in the way of the next try; a finished model does."""
+    broken = make(mixture=[{"path": data / "none.jsonl", "kind": "qa"}])
+    with pytest.raises(ConfigError, match="cannot read the source"):
+        train(broken, tmp_path / "out", device="cpu")
+    train(make(steps=1), tmp_path / "out", device="cpu")
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    with pytest.raises(ConfigError, match="holds a model already"):
+        train(make(steps=1), tmp_path / "out", device="cpu")
