@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvlink_core.training.embedded import learning_rate, make_forward
-from kvlink_core.training.family.feed import CurriculumFeed, PoolFeed, to_device
+from kvlink_core.training.family.feed import CurriculumFeed, PoolFeed
+from kvlink_core.training.family.measure import Forward, by_kind, count, held_out, measure
 from kvlink_core.training.family.network import FamilyLlama, export
-from kvlink_core.training.family.rows import ANSWERS, IGNORED, LAST, MODES, ROW, SLOTS, Rows, TalePacker
-from kvlink_core.training.family.tales import KINDS, make_tale
+from kvlink_core.training.family.rows import IGNORED, LAST, MODES, ROW
+from kvlink_core.training.family.tales import KINDS
 from kvlink_core.training.llama import Shape
 from kvlink_core.training.tokenizer import LINKS
-from kvlink_core.training.worlds import TEST_SEEDS
 
 #: variant -> the modes that its model is measured in
 MEASURED: dict[str, tuple[str, ...]] = {
@@ -33,7 +33,6 @@ MEASURED: dict[str, tuple[str, ...]] = {
     "link-only": ("full", "k5"),
     "wrap": ("full", "wrap"),
 }
-Forward = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def run(job: Job) -> dict[str, Any]:
     export(job.shape, weights, job.variant, job.layout, job.out / "model", f"family-{job.variant}-{job.seed}")
     summary |= {"variant": job.variant, "seed": job.seed, "questions": {}}
     for mode in MEASURED[job.variant]:
-        rows, kinds = held_out(job, mode)
+        rows, kinds = held_out(job.layout / "tokenizer.json", job.tales, mode, own_links=job.variant == "link-only")
         right = measure(forward, rows, device, job.rows)
         summary["questions"][mode] = "".join("1" if r else "0" for r in right)
         summary.setdefault("accuracy", {})[mode] = by_kind(right, kinds)
@@ -158,7 +157,7 @@ def _base(
             rate = learning_rate(job.peak, spent / job.seconds, 0.5)
             loss, logits = _step(forward, optimizer, rate, tokens, answers)
             losses += loss
-            tally += _count(logits, answers, tags, 2 * len(KINDS))
+            tally += count(logits, answers, tags, 2 * len(KINDS))
             step += 1
             if step % 20:
                 continue
@@ -206,7 +205,7 @@ def _tune(job: Job, forward: Forward, optimizer: torch.optim.Optimizer, say: Cal
             tags = torch.cat([kept[2], tags])
         loss, logits = _step(forward, optimizer, rate, tokens, answers, teacher)
         losses += loss
-        tally += _count(logits, answers, tags, 2 * len(KINDS))
+        tally += count(logits, answers, tags, 2 * len(KINDS))
         if step == 10:
             tick = time.monotonic()
         if step % 100 == 0:
@@ -268,68 +267,6 @@ def _step(
     torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
     optimizer.step()
     return loss.detach(), logits.detach()
-
-
-@torch.no_grad()
-def _right(logits: Tensor, answers: Tensor) -> Tensor:
-    """Whether each slot's answer is right: ``[B, SLOTS]`` (greedy decoding would give exactly the answer)."""
-    wrong = (logits.argmax(-1) != answers[1]) & (answers[1] != IGNORED)
-    errors = torch.zeros(logits.shape[0], SLOTS, device=logits.device)
-    errors.scatter_add_(1, answers[2], wrong.float())
-    return errors == 0
-
-
-def _count(logits: Tensor, answers: Tensor, tags: Tensor, groups: int) -> Tensor:
-    used = (tags >= 0).flatten()
-    index = tags.clamp(min=0).flatten()
-    out = torch.zeros(2, groups, device=tags.device)
-    out[0].scatter_add_(0, index, (_right(logits, answers).flatten() & used).float())
-    out[1].scatter_add_(0, index, used.float())
-    return out
-
-
-def held_out(job: Job, mode: str, passages: tuple[int, int] = (4, 20)) -> tuple[Rows, list[int]]:
-    """All questions of the held-out tales in one mode, numbered in order, and the kind of each."""
-    tales = [make_tale(seed, passages) for seed in range(TEST_SEEDS.start, TEST_SEEDS.start + job.tales)]
-    packer = TalePacker(job.layout / "tokenizer.json", own_links=job.variant == "link-only")
-    kinds = [KINDS.index(q.kind) for tale in tales for q in tale.questions]
-    stream, first = [], 0
-    each = 8 if mode == "wrap" else 24  # as many as fit a row beside the longest tale
-    for tale in tales:
-        for start in range(0, len(tale.questions), each):
-            part = tale.questions[start : start + each]
-            stream.append((type(tale)(tale.passages, part), list(range(first, first + len(part)))))
-            first += len(part)
-    return Rows.joined(list(packer.rows(iter(stream), [mode], whole=True))), kinds
-
-
-def measure(forward: Forward, rows: Rows, device: torch.device, rows_each: int) -> list[bool]:
-    """Whether each numbered question is answered exactly, from one pass over its row (see ``training/measure.py``)."""
-    tokens, answers, tags = to_device(rows, device)
-    out = [False] * (int(tags.max()) + 1)
-    for start in range(0, tags.shape[0], rows_each):
-        part = slice(start, start + rows_each)
-        batch, wanted, slots = tokens[:, part], answers[:, part], tags[part]
-        missing = rows_each - slots.shape[0]
-        if missing:
-            batch = torch.cat([batch, batch.new_zeros(5, missing, ROW)], dim=1)
-            empty = wanted.new_zeros(3, missing, ANSWERS)
-            empty[1] = IGNORED
-            wanted = torch.cat([wanted, empty], dim=1)
-            slots = torch.cat([slots, slots.new_full((missing, SLOTS), -1)])
-        right = _right(forward(*batch.unbind(0), wanted[0]).detach(), wanted)
-        for tag, value in zip(slots[slots >= 0].tolist(), right[slots >= 0].tolist(), strict=True):
-            out[tag] = value
-    return out
-
-
-def by_kind(right: list[bool], kinds: list[int]) -> Mapping[str, float]:
-    """Share of right answers: all, and by kind."""
-    table = {"all": sum(right) / len(right)}
-    for number, kind in enumerate(KINDS):
-        chosen = [r for r, k in zip(right, kinds, strict=True) if k == number]
-        table[kind] = sum(chosen) / max(len(chosen), 1)
-    return {k: round(v, 4) for k, v in table.items()}
 
 
 assert set(MODES) >= {mode for modes in MEASURED.values() for mode in modes}

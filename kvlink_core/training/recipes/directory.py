@@ -40,7 +40,6 @@ class Target:
         layout: of ``out``, with the link tokens or the wrap that are trained.
         links: the link tokens to train; ``None`` for none.
         added: tokens that the base's vocabulary lacks.
-        base_wrap: file name of the base's own wrap.
     """
 
     base: Path

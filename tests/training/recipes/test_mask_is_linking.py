@@ -18,8 +18,8 @@ from kvlink_core.models import LoadedModel, load_model
 from kvlink_core.training.recipes.config import Source
 from kvlink_core.training.recipes.examples import Reader
 from kvlink_core.training.recipes.masks import block_mask, visible
+from kvlink_core.training.recipes.network import plain_attention
 from kvlink_core.training.recipes.rows import collate
-from kvlink_core.training.recipes.run import plain_attention
 from kvlink_core.training.recipes.trainee import Rows, Trainee
 from kvlink_core.types import Document, Message
 
