@@ -38,7 +38,7 @@ def open_dataset(
     """Read examples.
 
     Args:
-        source: a file; ``NAME=FILE`` to call it otherwise than the file; ``worlds`` for generated ones.
+        source: a file; ``NAME=FILE`` to call it otherwise than the file; ``worlds`` or ``tales`` for generated ones.
         limit: take the first so many that can be taken; nothing beyond them is read.
         shape: what is made of them.
         task: overrides what the format says: what ``ctxs`` holds may be summarised, too.
