@@ -16,6 +16,7 @@ from kvlink_core.cli.common import stderr, stdout
 from kvlink_core.cli.evaluate import eval_app
 from kvlink_core.cli.sample import sample
 from kvlink_core.cli.store import store_app
+from kvlink_core.cli.train import HELP, train
 from kvlink_core.errors import KVLinkError
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app.add_typer(store_app, name="store")
 app.command()(ask)
 app.command()(sample)
 app.command()(architectures)
+app.command(help=HELP)(train)
 
 
 def _version(value: bool) -> None:
