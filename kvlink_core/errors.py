@@ -118,6 +118,21 @@ class PromptTooLongError(InputError):
         self.limit = limit
 
 
+class RequestTooLargeError(InputError):
+    """A request whose keys and values can never fit into the engine's memory, whatever else is running."""
+
+    code = "request_too_large"
+
+    def __init__(self, nbytes: int, limit: int) -> None:
+        super().__init__(
+            f"the request may need {nbytes / 2**20:,.1f} MiB for keys and values, and the engine has "
+            f"{limit / 2**20:,.1f}. Send fewer or shorter documents, lower max_tokens, or give the engine more memory.",
+            param="max_tokens",
+        )
+        self.nbytes = nbytes
+        self.limit = limit
+
+
 class SamplingError(InputError):
     """A sampling parameter outside its range."""
 

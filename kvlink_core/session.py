@@ -7,10 +7,11 @@ nothing below it calls back.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from kvlink_core.engine import Generation, SamplingParams, TokenEvent
+from kvlink_core.engine import Generation, GenerationRequest, SamplingParams, TokenEvent
 from kvlink_core.errors import PromptTooLongError
 from kvlink_core.linking import Linker, get_linker
 from kvlink_core.models import LoadedModel
@@ -54,6 +55,26 @@ class Timings:
     link_s: float
     prefill_s: float
     ttft_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request looked up and loaded, for an engine to answer.
+
+    Attributes:
+        request: for ``Engine.submit``; documents that no store had are left for the engine to encode.
+        linker: its name.
+        documents: where they came from.
+        cached_tokens: of the prompt, taken from caches.
+        lookup_s, load_s: seconds that it took.
+    """
+
+    request: GenerationRequest
+    linker: str
+    documents: list[ResolvedDocument]
+    cached_tokens: int
+    lookup_s: float
+    load_s: float
 
 
 class Answer:
@@ -111,6 +132,9 @@ class Session:
         tiers: where caches are kept between requests; ``None`` keeps none. With settings, ``close`` it;
             tiers that it shares with others (``shared_tiers``) stay open.
 
+    Attributes:
+        namespace: of its requests in an engine that several sessions share.
+
     Raises:
         ConfigError: the memory or the directory of ``tiers`` cannot be had.
     """
@@ -120,6 +144,8 @@ class Session:
     ) -> None:
         self.model = model
         self._resolver = DocumentResolver(model, store, tiers)
+        # Sessions that share an engine share documents in it where they share a namespace.
+        self.namespace = uuid.uuid4().hex if store is None else store.namespace
 
     def close(self) -> None:
         """End the tiers' threads and free their memory; the store stays open. It must not be used afterwards."""
@@ -187,6 +213,36 @@ class Session:
             resolved,
             Timings(looked_up - started, loaded - looked_up, linked_at - loaded, done - linked_at, done - started),
         )
+
+    def prepare(self, request: AnswerRequest) -> Prepared:
+        """Everything of a request that is not computing: what ``start`` does before it links. For engines.
+
+        Raises:
+            InputError, StoreUnavailableError: as ``start``.
+        """
+        started = time.perf_counter()
+        linker, lookup, frame, max_tokens = self._plan(request)
+        looked_up = time.perf_counter()
+        caches: list[DocumentCache | None] = []
+        if linker.uses_caches and lookup.ids:
+            caches, resolved = self._resolver.find(lookup)
+        else:
+            lengths = zip(lookup.ids, lookup.lengths, strict=True)
+            resolved = [ResolvedDocument(i, n, None) for i, n in lengths]
+        prompt = self._prompt(frame, linker, self._resolver.fill_tokens(lookup))
+        sampling = replace(request.sampling, max_tokens=max_tokens)
+        return Prepared(
+            GenerationRequest(prompt, linker, sampling, caches, namespace=self.namespace),
+            linker.name,
+            resolved,
+            sum(r.tokens for r in resolved if r.hit),
+            looked_up - started,
+            time.perf_counter() - looked_up,
+        )
+
+    def keep(self, cache: DocumentCache) -> None:
+        """Keep, with tiers, a cache that an engine encoded for a request that was prepared here."""
+        self._resolver.keep(cache)
 
     def _plan(self, request: AnswerRequest) -> tuple[Linker, Lookup, Frame, int]:
         """Choose the linker, find the documents, and check that all of it fits, before anything is loaded."""

@@ -70,6 +70,15 @@ class EngineSettings(_Settings):
     num_gpus: float = Field(default=0.0, ge=0)
     torch_threads: int | None = Field(default=None, ge=1, description="threads of torch; default: num_cpus, at least 1")
     max_running: int = Field(default=8, ge=1, description="requests that generate at the same time in one replica")
+    kv_bytes: int | None = Field(
+        default=None,
+        ge=2**20,
+        description="memory for keys and values; default: 1 GiB on a CPU, 80 % of what is free on a GPU",
+    )
+    step_tokens: int = Field(default=512, ge=1, description="most tokens of one step: bounds what it takes")
+    step_stretch: float = Field(
+        default=2.0, ge=1, description="a step that prefills takes at most this many times one that only decodes"
+    )
     # Serve counts a request as waiting until it is assigned: a burst larger than this is refused even by idle replicas.
     max_waiting: int = Field(default=32, ge=1, description="requests that wait for a replica; more get 503")
     retry_after_s: float = Field(default=1.0, ge=0, description="what a refused client is told to wait")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from kvlink_core.engine import EngineSettings
 from kvlink_core.fingerprint import Fingerprint
 from kvlink_core.linking import get_linker, linker_names
 from kvlink_core.models import LoadedModel
@@ -81,6 +82,17 @@ def open_namespaces(settings: ServiceConfig, model: LoadedModel) -> Namespaces:
         if settings.tiers.recompute == "auto":
             opened.session.calibrate()
         return namespaces
+
+
+def engine_settings(settings: ServiceConfig) -> EngineSettings:
+    """What the engine of a replica takes on."""
+    engine = settings.engine
+    return EngineSettings(
+        kv_bytes=engine.kv_bytes,
+        max_running=engine.max_running,
+        step_tokens=engine.step_tokens,
+        stretch=engine.step_stretch,
+    )
 
 
 def model_card(model: LoadedModel, settings: ServiceConfig) -> ModelCard:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
+from kvlink_core.engine import EngineStats
 from kvlink_core.store.tiers import CacheStats
 from serve.tier_metrics import TierMetrics
 from serve.wire import Report
@@ -40,6 +41,10 @@ class Metrics(Protocol):
 
     def failed(self, code: str) -> None:
         """A request was answered with an error."""
+        ...
+
+    def engine(self, stats: EngineStats) -> None:
+        """The engine made a step. Called in its thread."""
         ...
 
 
@@ -80,6 +85,19 @@ class PrometheusMetrics:
         )
         self._tiers = TierMetrics()
 
+        self._waiting = Gauge(
+            "kvlink_engine_waiting_requests", description="Requests in the engine that wait for memory."
+        )
+        self._kv_used = Gauge(
+            "kvlink_kv_used_bytes", description="Keys and values in memory; idle: kept while nothing else needs it.",
+            tag_keys=("state",),
+        )  # fmt: skip
+        self._kv_limit = Gauge("kvlink_kv_limit_bytes", description="The most that keys and values may take.")
+        self._preempted = Counter(
+            "kvlink_preemptions_total", description="Requests that gave up their memory for a while."
+        )
+        self._preemptions = 0
+
     def running(self, count: int) -> None:
         """Requests in this replica now."""
         self._running.set(count)
@@ -114,3 +132,13 @@ class PrometheusMetrics:
     def failed(self, code: str) -> None:
         """A request was answered with an error."""
         self._failed.inc(1, tags={"code": code})
+
+    def engine(self, stats: EngineStats) -> None:
+        """The engine made a step."""
+        self._waiting.set(stats.waiting)
+        self._kv_used.set(stats.kv_used - stats.kv_idle, tags={"state": "active"})
+        self._kv_used.set(stats.kv_idle, tags={"state": "idle"})
+        self._kv_limit.set(stats.kv_limit)
+        if stats.preemptions > self._preemptions:
+            self._preempted.inc(stats.preemptions - self._preemptions)
+            self._preemptions = stats.preemptions

@@ -1,34 +1,36 @@
 """The engine replica: it holds the model and the store, and turns a request into events.
 
-One thread does all the computing. A request's first token is one step, each further token another, and the steps of
-concurrent requests queue for that thread, so they take turns and nothing in the core is entered twice. The event
-loop stays free: health checks are answered while the thread computes.
+Looking up, reading from the store and laying out a prompt happen in a few threads of their own; all computing happens
+in one (``engine_loop``), which steps the engine: requests join between steps and share each of them. The event loop
+stays free: health checks are answered while a step runs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import copy_context
 from dataclasses import asdict
-from typing import TypeVar
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
-from kvlink_core.engine import SamplingParams
+from kvlink_core.engine import Encoded, Engine, SamplingParams
 from kvlink_core.errors import KVLinkError
 from kvlink_core.models import LoadedModel, load_model
-from kvlink_core.session import Answer, AnswerRequest, Session
+from kvlink_core.session import AnswerRequest, Prepared, Session
 from kvlink_core.store.tiers import TIERS
 from kvlink_core.types import Document, DocumentRef, Message, check_document_id
 from serve import logs
 from serve.adding import DocumentAdder, no_store
 from serve.config import ServiceConfig
-from serve.loading import model_card, open_namespaces
+from serve.engine_loop import EngineLoop, Steps, Stream
+from serve.loading import engine_settings, model_card, open_namespaces
 from serve.metrics import Metrics, PrometheusMetrics
 from serve.namespaces import Namespaces, Opened
 from serve.tracing import NoTracer, Tracer, make_tracer
@@ -49,38 +51,16 @@ from serve.wire import (
 
 logger = logging.getLogger("ray.serve")
 
-T = TypeVar("T")
-
-
-class _Steps:
-    """The computing thread, and since when it has been busy with the step at hand."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-        self._since: float | None = None
-
-    def submit(self, step: Callable[[], T]) -> Future[T]:
-        return self._thread.submit(copy_context().run, self._timed, step)  # the context knows the request's id
-
-    @property
-    def busy_s(self) -> float:
-        """Age of the step at hand."""
-        since = self._since
-        return 0.0 if since is None else time.monotonic() - since
-
-    def _timed(self, step: Callable[[], T]) -> T:
-        self._since = time.monotonic()
-        try:
-            return step()
-        finally:
-            self._since = None
+#: Requests that are looked up and loaded at the same time: enough to hide what a store waits for.
+_LOADING_THREADS = 4
 
 
 class EngineServer:
     """Answers requests with one model over one store.
 
     Args:
-        namespaces: the sessions of the core, by namespace.
+        namespaces: their sessions look requests up.
+        engine: computes; touched by nobody else from now on.
         card: what is served.
         metrics: where to report.
         stuck_after_s: a step older than this fails the health check.
@@ -91,6 +71,7 @@ class EngineServer:
     def __init__(
         self,
         namespaces: Namespaces,
+        engine: Steps,
         card: ModelCard,
         metrics: Metrics,
         *,
@@ -105,13 +86,21 @@ class EngineServer:
         self._metrics = metrics
         self._stuck_after_s = stuck_after_s
         self._linker = linker
-        self._steps = _Steps()
+        self._loading = ThreadPoolExecutor(_LOADING_THREADS, thread_name_prefix="load")
+        self._engine = EngineLoop(engine, metrics.engine, self._keep)
         self._running = 0
-        self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._counting = threading.Lock()
+        self._counted: WeakKeyDictionary[Session, dict[str, int]] = WeakKeyDictionary()
+        self._sessions: WeakValueDictionary[str, Session] = WeakValueDictionary()  # by the engine's namespace
 
     def takes_documents(self, model: LoadedModel, *, chunk_tokens: int, places: int) -> None:
         """From now on, documents can be added."""
-        self._adder = DocumentAdder(model, self._steps.submit, chunk_tokens=chunk_tokens, places=places)
+        self._adder = DocumentAdder(model, self._engine.call, chunk_tokens=chunk_tokens, places=places)
+
+    def close(self) -> None:
+        """End the threads; requests that run are dropped."""
+        self._engine.close()
+        self._loading.shutdown()
 
     async def card(self) -> ModelCard:
         """What is served."""
@@ -124,35 +113,35 @@ class EngineServer:
 
     async def check_health(self) -> None:
         """Raise when the computing thread is stuck; Serve then replaces the replica."""
-        if self._steps.busy_s > self._stuck_after_s:
-            raise RuntimeError(f"one engine step has been running for {self._steps.busy_s:.0f} s")
+        if self._engine.busy_s > self._stuck_after_s:
+            raise RuntimeError(f"one engine step has been running for {self._engine.busy_s:.0f} s")
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[Event, None]:
-        """Answer one request. Closing or cancelling the generator drops it after the step at hand.
+        """Answer one request. Closing or cancelling the generator frees all it holds before the next step.
 
         Never raises for a request: a fault is a last event ``Failed``.
         """
         arrived = time.monotonic()
         logs.REQUEST_ID.set(request.request_id)
-        answer: Future[Answer] | None = None
+        stream: Stream | None = None
         entered = ExitStack()
         self._running += 1
         self._metrics.running(self._running)
         try:
             session = (await self._enter(request.namespace, entered)).session
-            if self._running > 1:  # it has to wait for its turn: its documents need not
-                self._ahead.submit(copy_context().run, self._prefetch, session, request)
-            answer = self._steps.submit(lambda: self._start(session, request))
-            started = await asyncio.wrap_future(answer)
-            ttft_s = time.monotonic() - arrived
-            self._metrics.first_token(started.linker, ttft_s)
-            tokens, held, sent = iter(started), "", False
-            while True:
-                event = await asyncio.wrap_future(self._steps.submit(lambda: next(tokens, None)))
-                assert event is not None, "an answer ends with a finish reason"
+            loading = self._loading.submit(copy_context().run, self._prepare, session, request)
+            prepared = await asyncio.wrap_future(loading)
+            stream = self._engine.submit(prepared.request)
+            held, ttft_s = "", None
+            async for event in stream:
+                if ttft_s is None:
+                    ttft_s = time.monotonic() - arrived
+                    self._metrics.first_token(prepared.linker, ttft_s)
+                    sent = False
                 held += event.text
                 if event.finish_reason is not None:
-                    report = self._report(request, started, ttft_s, time.monotonic() - arrived)
+                    report = self._report(request, prepared, stream, ttft_s, time.monotonic() - arrived)
+                    stream = None
                     yield Piece(held, event.finish_reason, report)
                     return
                 if request.stream and (held or not sent):
@@ -164,8 +153,8 @@ class EngineServer:
         finally:
             self._running -= 1
             self._metrics.running(self._running)
-            if answer is not None:
-                answer.add_done_callback(self._drop)
+            if stream is not None:
+                self._engine.leave(stream)
             entered.close()
 
     async def add_documents(
@@ -199,13 +188,15 @@ class EngineServer:
             return entered.enter_context(use)
         return await asyncio.to_thread(entered.enter_context, use)
 
-    def _start(self, session: Session, request: EngineRequest) -> Answer:
-        """On the computing thread: everything up to the first token."""
-        counted = session.counters.as_dict()
+    def _prepare(self, session: Session, request: EngineRequest) -> Prepared:
+        """On a loading thread: everything but computing."""
         try:
-            answer = session.start(self._core_request(request))
+            prepared = session.prepare(self._core_request(request))
         finally:
-            changes = {name: now - counted[name] for name, now in session.counters.as_dict().items()}
+            with self._counting:
+                before, now = self._counted.get(session, {}), session.counters.as_dict()
+                self._counted[session] = now
+                changes = {name: count - before.get(name, 0) for name, count in now.items()}
             self._metrics.lookup(
                 requested_tokens=changes["requested_tokens"],
                 hit_tokens={tier: changes[f"hit_tokens_{tier}"] for tier in TIERS},
@@ -213,39 +204,48 @@ class EngineServer:
             )
             if (stats := session.tier_stats) is not None:
                 self._metrics.tiers(stats)
-        for document in answer.documents:
+        for document in prepared.documents:
             if document.origin == "reencoded-corrupt":
                 _log("corrupt_payload", logging.WARNING, request.request_id, document_id=document.id)
-        return answer
+        self._sessions[session.namespace] = session
+        return prepared
 
-    def _prefetch(self, session: Session, request: EngineRequest) -> None:
-        """Beside the computing thread: begin to load what ``_start`` will want."""
-        try:
-            session.prefetch(self._core_request(request))
-        except KVLinkError as error:  # said when its turn comes
-            logger.debug("request %s: nothing to prefetch: %s", request.request_id, error)
+    def _keep(self, encoded: Encoded) -> None:
+        """On the engine's thread: what was encoded for one request is there for the next. Kept by another thread."""
+        session = self._sessions.get(encoded.namespace)
+        if session is not None:
+            self._loading.submit(session.keep, encoded.cache)
 
     def _core_request(self, request: EngineRequest) -> AnswerRequest:
         return AnswerRequest(
             messages=[Message(m.role, m.content, [_core_document(d) for d in m.documents]) for m in request.messages],
             documents=[_core_document(d) for d in request.documents],
             linker=request.linker or self._linker,
-            sampling=SamplingParams(**asdict(request.sampling)),
+            sampling=SamplingParams(**asdict(request.sampling), logprobs=request.logprobs),
         )
 
-    def _report(self, request: EngineRequest, answer: Answer, ttft_s: float, seconds: float) -> Report:
+    def _report(
+        self, request: EngineRequest, prepared: Prepared, stream: Stream, ttft_s: float, seconds: float
+    ) -> Report:
         """What the finished answer cost; counted and logged."""
-        usage = answer.usage
-        phases = asdict(answer.timings)
+        handle = stream.handle
+        assert handle is not None
+        assert handle.admitted is not None
+        assert handle.first_token is not None
         report = Report(
-            linker=answer.linker,
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            cached_tokens=usage.cached_tokens,
-            computed_tokens=usage.computed_tokens,
+            linker=prepared.linker,
+            prompt_tokens=handle.prompt_tokens,
+            completion_tokens=handle.completion_tokens,
+            cached_tokens=prepared.cached_tokens,
+            computed_tokens=handle.computed_tokens,
             ttft_s=ttft_s,
-            phases_s=tuple((n.removesuffix("_s"), s) for n, s in phases.items() if n != "ttft_s"),
-            documents=tuple(DocumentReport(d.id, d.tokens, d.origin) for d in answer.documents),
+            phases_s=(
+                ("lookup", prepared.lookup_s),
+                ("load", prepared.load_s),
+                ("queue", handle.admitted - handle.submitted),
+                ("prefill", handle.first_token - handle.admitted),
+            ),
+            documents=tuple(DocumentReport(d.id, d.tokens, d.origin) for d in prepared.documents),
         )
         self._metrics.finished(report, seconds)
         self._tracer.answered(request, report, seconds)
@@ -271,12 +271,6 @@ class EngineServer:
             logger.error("request %s", request.request_id, exc_info=error)
         return fault
 
-    @staticmethod
-    def _drop(answer: Future[Answer]) -> None:
-        """Free an answer that may still be started; one that never started has nothing to free."""
-        if not answer.cancelled() and answer.exception() is None:
-            answer.result().close()
-
 
 class EngineReplica(EngineServer):
     """The deployment: ``EngineServer`` on a model and a store that it loads itself.
@@ -292,12 +286,14 @@ class EngineReplica(EngineServer):
         try:
             model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
             namespaces = open_namespaces(settings, model)
+            engine = Engine(model, engine_settings(settings))
             tracer = make_tracer(settings.tracing)
         except KVLinkError as error:
             # The text of this reaches `serve status` and the console; the class would only add noise.
             raise RuntimeError(f"KVLink cannot start: {error}") from None
         super().__init__(
             namespaces,
+            engine,
             model_card(model, settings),
             PrometheusMetrics(),
             stuck_after_s=settings.engine.stuck_after_s,

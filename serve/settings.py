@@ -21,7 +21,7 @@ class IngressSettings(Settings):
     max_documents: int = Field(default=64, ge=1, description="documents of one request")
     max_document_bytes: int = Field(default=2**20, ge=1, description="UTF-8 of one document's text")
     max_messages: int = Field(default=256, ge=1)
-    # An answer's KV cache is reserved whole before its first token, so its length must not be the client's to choose.
+    # An answer holds memory for as long as it takes, so its length must not be the client's to choose.
     max_tokens: int = Field(default=4096, ge=1, description="longest answer that a request may ask for")
     max_ongoing_per_key: int = Field(
         default=64, ge=1, description="requests of one key at a time, in each ingress replica; more get 429"

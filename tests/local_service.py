@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from processes import free_ports
 
+from kvlink_core.engine import Engine
 from kvlink_core.models import LoadedModel
 from kvlink_core.store import DocumentStore
 from kvlink_core.store.lifecycle import StoreKeeper
@@ -20,7 +21,7 @@ from serve.config import ServiceConfig
 from serve.documents import DocumentService
 from serve.ingress import create_app
 from serve.keys import KeyRing
-from serve.loading import model_card, open_namespaces
+from serve.loading import engine_settings, model_card, open_namespaces
 from serve.server import EngineServer
 from serve.wire import ApiError, ApiException, EngineRequest, Event, JobDocument, ModelCard, NewDocument
 
@@ -84,7 +85,12 @@ def local_app(model: LoadedModel, where: Path, **settings: Any) -> FastAPI:
     # A tiny model computes about as fast as it reads: never, so that it is known where a cache comes from.
     config = ServiceConfig.model_validate({"store": str(where), "tiers.recompute": "never", **settings})
     server = EngineServer(
-        open_namespaces(config, model), model_card(model, config), Quiet(), stuck_after_s=60.0, linker=config.linker
+        open_namespaces(config, model),
+        Engine(model, engine_settings(config)),
+        model_card(model, config),
+        Quiet(),
+        stuck_after_s=60.0,
+        linker=config.linker,
     )
     server.takes_documents(model, chunk_tokens=config.engine.chunk_tokens, places=config.engine.places)
     engine = LocalEngine(server)

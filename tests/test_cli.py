@@ -25,7 +25,7 @@ def test_the_installed_command_fails_with_one_line() -> None:
 def test_help_names_every_command(kvlink: Kvlink) -> None:
     done = kvlink("--help")
     assert done.returncode == 0
-    for command in ("ask", "bench", "eval", "sample"):
+    for command in ("ask", "bench", "eval", "sample", "train"):
         assert command in done.stdout
 
 

@@ -19,6 +19,7 @@ from kvlink_core.models import LoadedModel
 if TYPE_CHECKING:
     from kvlink_core.benchmark.codec_results import CodecReport
     from kvlink_core.benchmark.precision import PrecisionReport
+    from kvlink_core.benchmark.serving_results import ServingReport
 
 
 def make_report(
@@ -65,7 +66,7 @@ def make_report(
     )
 
 
-def write_report(report: Report | PrecisionReport | CodecReport, path: Path) -> None:
+def write_report(report: Report | PrecisionReport | CodecReport | ServingReport, path: Path) -> None:
     """Write the JSON.
 
     Raises:

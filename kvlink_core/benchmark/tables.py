@@ -11,6 +11,7 @@ from kvlink_core.benchmark.results import PARTS, Breakdown, Point, Report, Row
 
 if TYPE_CHECKING:
     from kvlink_core.benchmark.precision import PrecisionReport
+    from kvlink_core.benchmark.serving_results import ServingReport
     from kvlink_core.benchmark.tiers_report import TiersReport
 
 #: With more points than this, one table of all takes the place of one for each.
@@ -54,7 +55,7 @@ def headline(report: Report) -> str:
     return f"{quick}time to first token, {report.model.source}, {report.model.dtype} on {report.model.device}{runs}"
 
 
-def hardware_line(report: Report | TiersReport) -> str:
+def hardware_line(report: Report | TiersReport | ServingReport) -> str:
     """The machine and the versions, in a sentence."""
     hw, versions = report.hardware, report.versions
     parts = [f"{hw.cpu}, {count(hw.cores, 'core')}, {count(hw.threads, 'thread')}"]

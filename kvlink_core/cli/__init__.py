@@ -11,10 +11,12 @@ from kvlink_core import __version__
 from kvlink_core.cli.architectures import architectures
 from kvlink_core.cli.ask import ask
 from kvlink_core.cli.bench import bench_app
+from kvlink_core.cli.bench_serving import bench_serve
 from kvlink_core.cli.common import stderr, stdout
 from kvlink_core.cli.evaluate import eval_app
 from kvlink_core.cli.sample import sample
 from kvlink_core.cli.store import store_app
+from kvlink_core.cli.train import HELP, train
 from kvlink_core.errors import KVLinkError
 
 app = typer.Typer(
@@ -23,12 +25,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+bench_app.command("serve")(bench_serve)
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 app.add_typer(store_app, name="store")
 app.command()(ask)
 app.command()(sample)
 app.command()(architectures)
+app.command(help=HELP)(train)
 
 
 def _version(value: bool) -> None:

@@ -32,7 +32,7 @@ Seed = Annotated[int, typer.Option(help="Of the draws behind intervals.")]
 def run(
     data: Annotated[
         list[str],
-        typer.Option(help="A file, `NAME=FILE`, or `worlds` for generated questions; repeat. docs/evaluation.md."),
+        typer.Option(help="A file, `NAME=FILE`, or generated: `worlds`, `tales`; repeat. docs/evaluation.md."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the results; a run that was ended goes on in it.")],
     model: Annotated[

@@ -11,9 +11,10 @@ from typing import Literal
 
 import torch
 
-from kvlink_core.engine.sampling import Sampler, SamplingParams
+from kvlink_core.engine.sampling import Sampler, SamplingParams, TokenLogprobs
 from kvlink_core.engine.text import TextStream
 from kvlink_core.linking import LinkedCache
+from kvlink_core.prompt import PromptLayout
 
 FinishReason = Literal["stop", "length"]
 
@@ -26,11 +27,39 @@ class TokenEvent:
         text: text that became certain with this step; may be "".
         token_ids: the tokens of this step (the end-of-answer token is not among them).
         finish_reason: set on the last event.
+        logprobs: one entry for each of ``token_ids``, where the request asked for them.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+class Transcript:
+    """What was generated for one answer, and the rules of how it ends."""
+
+    def __init__(
+        self, layout: PromptLayout, params: SamplingParams, *, max_tokens: int, stop_ids: frozenset[int]
+    ) -> None:
+        assert max_tokens >= 1
+        self._max_tokens = max_tokens
+        self._stop_ids = stop_ids
+        self._text = TextStream(layout, params.stop)
+        self.token_ids: list[int] = []
+
+    def accept(self, token: int, logprobs: tuple[TokenLogprobs, ...] = ()) -> TokenEvent:
+        """The event that the next token makes; the last one has a ``finish_reason``."""
+        if token in self._stop_ids:
+            return TokenEvent(self._text.finish(), (), "stop")
+        self.token_ids.append(token)
+        text = self._text.push(token)
+        if self._text.stopped:
+            return TokenEvent(text, (token,), "stop", logprobs)
+        if len(self.token_ids) == self._max_tokens:
+            text += self._text.finish()
+            return TokenEvent(text, (token,), "stop" if self._text.stopped else "length", logprobs)
+        return TokenEvent(text, (token,), None, logprobs)
 
 
 class Generation:
@@ -46,33 +75,22 @@ class Generation:
     def __init__(
         self, linked: LinkedCache, params: SamplingParams, *, max_tokens: int, stop_ids: frozenset[int]
     ) -> None:
-        assert max_tokens >= 1
         self._linked = linked
-        self._max_tokens = max_tokens
-        self._stop_ids = stop_ids
         self._sampler = Sampler(params)
-        self._text = TextStream(linked.model.layout, params.stop)
-        self.completion_tokens = 0
+        self._transcript = Transcript(linked.model.layout, params, max_tokens=max_tokens, stop_ids=stop_ids)
         pending = linked.pending
-        self._next = self._sampler.sample(linked.compute(linked.token_ids[pending], pending))
+        self._logits = linked.compute(linked.token_ids[pending], pending)
+        self._next = self._sampler.sample(self._logits)
 
     def __iter__(self) -> Iterator[TokenEvent]:
         """Yield one event per token; stop early by no longer iterating."""
         position = self._linked.prompt.length
         while True:
             token = self._next
-            if token in self._stop_ids:
-                yield TokenEvent(self._text.finish(), (), "stop")
+            event = self._transcript.accept(token, self._sampler.logprobs(self._logits, token))
+            yield event
+            if event.finish_reason is not None:
                 return
-            self.completion_tokens += 1
-            text = self._text.push(token)
-            if self._text.stopped:
-                yield TokenEvent(text, (token,), "stop")
-                return
-            if self.completion_tokens == self._max_tokens:
-                yield TokenEvent(text + self._text.finish(), (token,), "stop" if self._text.stopped else "length")
-                return
-            yield TokenEvent(text, (token,))
-            logits = self._linked.compute(torch.tensor([token]), torch.tensor([position]))
-            self._next = self._sampler.sample(logits)
+            self._logits = self._linked.compute(torch.tensor([token]), torch.tensor([position]))
+            self._next = self._sampler.sample(self._logits)
             position += 1

@@ -11,6 +11,10 @@ from kvlink_core.errors import SamplingError
 
 MAX_STOP_STRINGS = 16
 MAX_NEW_TOKENS = 1_000_000
+MAX_LOGPROBS = 20
+
+#: Tokens that are sorted before all are.
+_NUCLEUS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,7 @@ class SamplingParams:
         seed: makes sampling reproducible; ``None`` draws one.
         max_tokens: tokens to generate at most.
         stop: strings at which the answer ends; they are not part of it.
+        logprobs: report each token's log probability and those of this many most likely ones; ``None`` for neither.
     """
 
     temperature: float = 0.0
@@ -32,6 +37,7 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int = 128
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
 
     def validate(self) -> None:
         """Refuse what has no meaning.
@@ -53,6 +59,25 @@ class SamplingParams:
             )
         if len(self.stop) > MAX_STOP_STRINGS or any(not s for s in self.stop):
             raise SamplingError(f"stop takes at most {MAX_STOP_STRINGS} strings, none empty.", param="stop")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise SamplingError(
+                f"log probabilities of 0 to {MAX_LOGPROBS} tokens can be had at each step, not {self.logprobs}.",
+                param="logprobs",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely a token was: natural logarithms of the model's own probabilities, before temperature and cuts.
+
+    Attributes:
+        logprob: of the token that was chosen.
+        top: token ids and theirs, the most likely first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Sampler:
@@ -66,19 +91,55 @@ class Sampler:
         else:
             self._generator.manual_seed(params.seed)
 
+    def logprobs(self, logits: torch.Tensor, token: int) -> tuple[TokenLogprobs, ...]:
+        """Of a token that was chosen from ``logits``: one entry, or none where they are not asked for."""
+        count = self.params.logprobs
+        if count is None:
+            return ()
+        logs = torch.log_softmax(logits.double(), dim=-1)
+        values, ids = logs.topk(min(count, logs.shape[-1]))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        return (TokenLogprobs(token, float(logs[token]), top),)
+
     def sample(self, logits: torch.Tensor) -> int:
         """The next token from float32 logits ``[vocabulary]``; not changed."""
-        params = self.params
-        if params.temperature == 0:
+        if self.params.temperature == 0:
             return int(logits.argmax())
-        ordered, ids = logits.cpu().sort(descending=True, stable=True)
+        ids, probabilities = self._candidates(logits.cpu())
+        # One number for each token: what a request draws depends on its seed and its logits alone.
+        cumulative = probabilities.cumsum(0)
+        drawn = torch.rand((), dtype=torch.float64, generator=self._generator) * cumulative[-1]
+        at = int(torch.searchsorted(cumulative, drawn, right=True))
+        if at == cumulative.shape[0]:  # rounded up to the whole
+            at = int(torch.nonzero(probabilities)[-1])
+        return at if ids is None else int(ids[at])
+
+    def _candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Token ids, the most likely first, or ``None`` for all in their order; and what they are drawn with."""
+        params = self.params
+        largest = logits.max().double()
+
+        def scaled(part: torch.Tensor) -> torch.Tensor:
+            # The largest logit becomes 0 before dividing, so that no temperature, however near 0, can overflow.
+            # In float64, so that the cumulative sum reaches 1.
+            return (part.double() - largest) / params.temperature
+
+        ids: torch.Tensor | None = None
         if params.top_k:
-            ordered, ids = ordered[: params.top_k], ids[: params.top_k]
-        # The largest logit becomes 0 before dividing, so that no temperature, however near 0, can overflow; float64,
-        # so that the cumulative sum reaches 1.
-        probabilities = torch.softmax((ordered.double() - ordered[0].double()) / params.temperature, dim=0)
+            values, ids = logits.topk(min(params.top_k, logits.shape[0]))
+            probabilities = torch.softmax(scaled(values), dim=0)
+        elif params.top_p < 1:
+            # Sorting a vocabulary takes longer than all else; the nucleus is nearly always among the first.
+            whole = torch.logsumexp(scaled(logits), dim=0)
+            values, ids = logits.topk(min(_NUCLEUS, logits.shape[0]))
+            probabilities = torch.exp(scaled(values) - whole)
+            if float(probabilities.sum()) < params.top_p:
+                values, ids = logits.sort(descending=True, stable=True)
+                probabilities = torch.exp(scaled(values) - whole)
+        else:
+            probabilities = torch.softmax(scaled(logits), dim=0)
         if params.top_p < 1:
             # Keep the smallest set whose mass reaches top_p: drop a token when what stands before it suffices.
             before = probabilities.cumsum(0) - probabilities
             probabilities[before >= params.top_p] = 0
-        return int(ids[torch.multinomial(probabilities, 1, generator=self._generator)])
+        return ids, probabilities

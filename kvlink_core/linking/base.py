@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 
@@ -14,12 +14,19 @@ from kvlink_core.prompt import Prompt, PromptLayout
 from kvlink_core.template import LinkTokens
 from kvlink_core.types import DocumentCache
 
+#: Where a linker that does nothing else to documents has them: at their positions in the prompt, each from 0 on, or
+#: nowhere, all tokens being computed.
+DocumentsAt = Literal["prompt", "local", "computed"]
+
 
 class Linker(Protocol):
     """A strategy that turns document caches and a prompt into a linked cache (DESIGN section 4).
 
     ``name`` is what users select; ``uses_caches`` is false for a linker that computes everything, so that nothing
     is loaded for it. A linker holds its parameters and no state: one is made for each request, and may be shared.
+
+    A linker whose ``link`` does nothing but place documents may say where, in a class variable ``documents_at``: its
+    requests then share the documents' memory in the engine. The others get copies, by ``link``.
     """
 
     name: ClassVar[str]
@@ -51,6 +58,11 @@ class Linker(Protocol):
             UnsupportedModelError: pruned caches, and a model that cannot rotate each head by itself.
         """
         ...
+
+
+def documents_at(linker: Linker) -> DocumentsAt | None:
+    """Where a linker says that its documents are; ``None`` when only its ``link`` knows."""
+    return getattr(linker, "documents_at", None)  # optional, so that a linker need not know of it
 
 
 def refuse_wraps(linker: Linker, layout: PromptLayout) -> None:

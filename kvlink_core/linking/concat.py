@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from kvlink_core.linking.base import refuse_wraps
+from kvlink_core.linking.base import DocumentsAt, refuse_wraps
 from kvlink_core.linking.linked_cache import LinkedCache
 from kvlink_core.models import LoadedModel
 from kvlink_core.prompt import Prompt, PromptLayout
@@ -26,6 +26,7 @@ class Concat:
 
     name: ClassVar[str] = "concat"
     uses_caches: ClassVar[bool] = True
+    documents_at: ClassVar[DocumentsAt] = "local"
 
     def links(self, layout: PromptLayout) -> LinkTokens | None:
         """None.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from kvlink_core.linking.base import DocumentsAt
 from kvlink_core.linking.linked_cache import LinkedCache
 from kvlink_core.models import LoadedModel
 from kvlink_core.prompt import Prompt, PromptLayout
@@ -22,6 +23,7 @@ class Full:
 
     name: ClassVar[str] = "full"
     uses_caches: ClassVar[bool] = False
+    documents_at: ClassVar[DocumentsAt] = "computed"
 
     def links(self, layout: PromptLayout) -> LinkTokens | None:
         """None: every document sees all earlier ones anyway."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvlink_core.errors import ConfigError
-from kvlink_core.linking.base import place_at_prompt_positions, refuse_wraps
+from kvlink_core.linking.base import DocumentsAt, place_at_prompt_positions, refuse_wraps
 from kvlink_core.linking.linked_cache import LinkedCache
 from kvlink_core.models import LoadedModel
 from kvlink_core.prompt import Prompt, PromptLayout
@@ -31,6 +31,7 @@ class LinkTokensLinker:
 
     name: ClassVar[str] = "link-tokens"
     uses_caches: ClassVar[bool] = True
+    documents_at: ClassVar[DocumentsAt] = "prompt"
 
     def links(self, layout: PromptLayout) -> LinkTokens | None:
         """The model's own link tokens.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvlink_core.linking.base import place_at_prompt_positions, refuse_wraps
+from kvlink_core.linking.base import DocumentsAt, place_at_prompt_positions, refuse_wraps
 from kvlink_core.linking.linked_cache import LinkedCache
 from kvlink_core.models import LoadedModel
 from kvlink_core.prompt import Prompt, PromptLayout
@@ -23,6 +23,7 @@ class Reposition:
 
     name: ClassVar[str] = "reposition"
     uses_caches: ClassVar[bool] = True
+    documents_at: ClassVar[DocumentsAt] = "prompt"
 
     def links(self, layout: PromptLayout) -> LinkTokens | None:
         """None.

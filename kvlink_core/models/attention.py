@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -43,7 +43,33 @@ class _Pass:
     blocks: dict[tuple[int, int, torch.dtype], Sequence[_Block]] = field(default_factory=dict)
 
 
+class FlatAttention(Protocol):
+    """A pass that attends in its own way: over tokens of many prompts laid end to end (``flat``)."""
+
+    def mask(self, tokens: int, seen: Callable[..., torch.Tensor], *, causal: bool) -> torch.Tensor:
+        """What the model will hand to ``attend`` as its mask; ``causal``: ``seen`` is plain causality."""
+        ...
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: Any
+    ) -> torch.Tensor:
+        """``[1, tokens, heads, dim]`` for one layer."""
+        ...
+
+
 _active = threading.local()
+
+
+@contextmanager
+def flattened(attention: FlatAttention) -> Iterator[None]:
+    """Inside, forward passes of this thread are attended to by ``attention``."""
+    assert getattr(_active, "now", None) is None, "passes do not nest"
+    assert getattr(_active, "flat", None) is None, "passes do not nest"
+    _active.flat = attention
+    try:
+        yield
+    finally:
+        _active.flat = None
 
 
 @contextmanager
@@ -87,6 +113,9 @@ def _mask(
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """The mask: boolean ``[batch, 1, queries, slots]``, or ``None`` when nothing that exists is hidden."""
+    flat: FlatAttention | None = getattr(_active, "flat", None)
+    if flat is not None:
+        return flat.mask(q_length, mask_function, causal=allow_is_causal_skip and local_size is None)
     now: _Pass | None = getattr(_active, "now", None)
     if now is None:
         return sdpa_mask(  # type: ignore[no-any-return]
@@ -116,6 +145,9 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention of transformers' registry: SDPA, or the module's own plain one for what SDPA lacks."""
+    flat: FlatAttention | None = getattr(_active, "flat", None)
+    if flat is not None:
+        return flat.attend(query, key, value, attention_mask, kwargs), None
     now: _Pass | None = getattr(_active, "now", None)
     watch: Watch | None = getattr(_active, "watch", None)
     if watch is not None:

@@ -228,6 +228,20 @@ class DocumentResolver:
             DocumentLostError: a payload and the token ids to recompute it from are both damaged.
             StoreUnavailableError: the store does not answer, and a document is known by its id alone.
         """
+        found, resolved = self.find(lookup)
+        digests = self._digests(lookup)
+        token_ids = [ids or [] for ids in lookup.token_ids]
+        missing = {d: ids for d, ids, cache in zip(digests, token_ids, found, strict=True) if cache is None}
+        encoded = self._encode(missing) if missing else {}
+        pairs = zip(digests, found, strict=True)
+        return [cache if cache is not None else encoded[digest] for digest, cache in pairs], resolved
+
+    def find(self, lookup: Lookup) -> tuple[list[DocumentCache | None], list[ResolvedDocument]]:
+        """``load`` for someone who encodes what is missing: those caches are ``None``. Token ids are filled in.
+
+        Raises:
+            DocumentLostError, StoreUnavailableError: as ``load``.
+        """
         rows = {row.token_digest: row for row in lookup.rows if row}
         digests = self._digests(lookup)
         found = self._load_stored(rows) if self._near is None else self._near.fetch(*self._asked(lookup, digests))
@@ -236,13 +250,14 @@ class DocumentResolver:
         if missing := [d for d in dict.fromkeys(digests) if d not in caches]:
             if any(lookup.token_ids[digests.index(d)] is None for d in missing):
                 self.fill_tokens(lookup)
-            caches |= self._encode({d: lookup.token_ids[digests.index(d)] or [] for d in missing})
             self.counters.add(documents_encoded=len(missing))
-        ordered = [caches[d] for d in digests]
-        lookup.token_ids = [c.token_ids.tolist() for c in ordered]
+        ordered = [caches.get(d) for d in digests]
+        for i, cache in enumerate(ordered):
+            if cache is not None:
+                lookup.token_ids[i] = cache.token_ids.tolist()
         resolved = [
-            ResolvedDocument(i, c.tokens, _origin(found.get(d, Found())))
-            for i, d, c in zip(lookup.ids, digests, ordered, strict=True)
+            ResolvedDocument(i, tokens, _origin(found.get(d, Found())))
+            for i, d, tokens in zip(lookup.ids, digests, lookup.lengths, strict=True)
         ]
         self._count(resolved)
         return ordered, resolved
@@ -259,6 +274,12 @@ class DocumentResolver:
             return []
         near = [self._near.tiers.where(CacheKey.of(rows[i])) if self._near is not None else [] for i in stored]
         return [tier for tier in TIERS if tier == "store" or all(tier in found for found in near)]
+
+    def keep(self, cache: DocumentCache) -> None:
+        """With tiers, keep a cache that someone else encoded because ``find`` had none."""
+        if self._near is not None:
+            token_ids = cache.token_ids.tolist()
+            self._near.compute({digest_of_tokens(token_ids): token_ids}, lambda _: [cache])
 
     def prefetch(self, lookup: Lookup) -> None:
         """Begin to load what ``load`` would load, and return; nothing without tiers."""

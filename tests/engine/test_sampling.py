@@ -50,6 +50,17 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: set[in
     assert set(draws(SamplingParams(temperature=1, top_p=top_p, seed=0))) == kept
 
 
+def test_a_nucleus_wider_than_what_is_sorted_first() -> None:
+    """3,000 tokens of nearly the same probability: the first 2,100 reach 0.7 of it, whatever their order of ids."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.rand(3000, generator=generator) * 1e-3
+    sampler = Sampler(SamplingParams(temperature=1, top_p=0.7, seed=0))
+    drawn = {sampler.sample(logits) for _ in range(3000)}
+    allowed = logits.argsort(descending=True)[:2101].tolist()
+    assert drawn <= set(allowed)
+    assert len(drawn) > 1400
+
+
 def test_a_seed_repeats_and_no_seed_does_not() -> None:
     def run(seed: int | None) -> list[int]:
         sampler = Sampler(SamplingParams(temperature=1, seed=seed))

@@ -208,9 +208,10 @@ def test_plain_text_is_documents_and_what_follows(tmp_path: Path) -> None:
     assert {e.task for e in found} == {"text"}
 
 
-def test_generated_worlds() -> None:
-    found = open_dataset("worlds", limit=7)
-    assert found.name == "worlds"
+@pytest.mark.parametrize("name", ["worlds", "tales"])
+def test_generated_questions(name: str) -> None:
+    found = open_dataset(name, limit=7)
+    assert found.name == name
     assert len({e.id for e in found.examples}) == 7
     assert all(e.answers and e.kind for e in found.examples)
 

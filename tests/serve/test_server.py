@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 
-from kvlink_core.engine import TokenEvent
+from kvlink_core.engine import EngineEvent, EngineStats, Generated, Handle, TokenEvent
+from kvlink_core.engine import Failed as EngineFailed
 from kvlink_core.errors import KVLinkError, StoreUnavailableError, UnknownDocumentError
-from kvlink_core.session import AnswerRequest, Timings, Usage
+from kvlink_core.session import AnswerRequest, Prepared
 from kvlink_core.store.resolver import Counters, ResolvedDocument
 from kvlink_core.store.tiers import CacheStats
 from kvlink_core.types import Document, DocumentRef
@@ -38,59 +39,83 @@ def request(name: str, *, documents: tuple[WireDocument, ...] = (), stream: bool
     return EngineRequest(name, (WireMessage("user", name),), documents, None, sampling, stream)
 
 
-class ScriptedAnswer:
-    linker = "full"
-    timings = Timings(0.1, 0.2, 0.3, 0.4, 1.0)
-    usage = Usage(prompt_tokens=9, cached_tokens=5, computed_tokens=4, completion_tokens=3)
-
-    def __init__(self, session: ScriptedSession, name: str) -> None:
-        self.session = session
-        self.name = name
-        self.documents = session.documents
-        self.closed = threading.Event()
-
-    def __iter__(self) -> Iterator[TokenEvent]:
-        for i in range(3):
-            self.session.step(f"{self.name}{i}")
-            yield TokenEvent(f"{self.name}{i} ", (i,), "stop" if i == 2 else None)
-
-    def close(self) -> None:
-        self.closed.set()
-
-
 class ScriptedSession:
-    """Records on which thread each step ran, and can be held up or made to fail."""
+    """Records what happened on which thread, and can be held up or made to fail; ``engine`` is its engine."""
+
+    namespace = ""
 
     def __init__(self) -> None:
         self.steps: list[str] = []
         self.threads: set[str] = set()
         self.requests: list[AnswerRequest] = []
-        self.answers: list[ScriptedAnswer] = []
         self.counters = Counters()
         self.tier_stats: CacheStats | None = None
-        self.prefetched: list[AnswerRequest] = []
         self.documents: list[ResolvedDocument] = []
         self.on_step: Callable[[str], None] = lambda name: None
+        self.engine = ScriptedEngine(self)
 
-    def step(self, name: str) -> None:
-        self.steps.append(name)
-        self.threads.add(threading.current_thread().name)
-        self.on_step(name)
-
-    def prefetch(self, asked: AnswerRequest) -> None:
-        self.prefetched.append(asked)
-
-    def start(self, asked: AnswerRequest) -> ScriptedAnswer:
+    def prepare(self, asked: AnswerRequest) -> Prepared:
         self.requests.append(asked)
-        self.step(asked.messages[-1].content)
+        name = asked.messages[-1].content
+        self.steps.append(name)
+        self.on_step(name)
         self.counters.add(
             requested_tokens=sum(d.tokens for d in self.documents),
             hit_tokens_store=sum(d.tokens for d in self.documents if d.origin == "store"),
             hit_tokens_host=sum(d.tokens for d in self.documents if d.origin == "host"),
             corrupt_payloads=sum(d.origin == "reencoded-corrupt" for d in self.documents),
         )
-        self.answers.append(ScriptedAnswer(self, asked.messages[-1].content))
-        return self.answers[-1]
+        return Prepared(name, "full", self.documents, 5, 0.1, 0.2)  # type: ignore[arg-type]
+
+
+class ScriptedEngine:
+    """Three steps for each request, ``q0`` to ``q2`` of a request ``q``."""
+
+    def __init__(self, session: ScriptedSession) -> None:
+        self.session = session
+        self.live: dict[Handle, tuple[str, int]] = {}
+        self.cancelled: list[str] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.live)
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(len(self.live), 0, 9, 0, 0, 0, 0, 0, 0)
+
+    def submit(self, name: Any) -> Handle:
+        handle = Handle(9, submitted=1.0, admitted=1.5, computed_tokens=4)
+        self.live[handle] = (name, 0)
+        return handle
+
+    def cancel(self, handle: Handle) -> None:
+        if handle in self.live:
+            self.cancelled.append(self.live.pop(handle)[0])
+
+    def cancel_all(self) -> list[Handle]:
+        handles = list(self.live)
+        self.live.clear()
+        return handles
+
+    def step(self) -> list[EngineEvent]:
+        self.session.threads.add(threading.current_thread().name)
+        events: list[EngineEvent] = []
+        for handle, (name, i) in list(self.live.items()):
+            self.session.steps.append(f"{name}{i}")
+            try:
+                self.session.on_step(f"{name}{i}")
+            except KVLinkError as error:
+                del self.live[handle]
+                events.append(EngineFailed(handle, error))
+                continue
+            handle.first_token = handle.first_token or 2.25
+            handle.completion_tokens = i + 1
+            self.live[handle] = (name, i + 1)
+            if i == 2:
+                del self.live[handle]
+            events.append(Generated(handle, TokenEvent(f"{name}{i} ", (i,), "stop" if i == 2 else None)))
+        return events
 
 
 class RecordedMetrics:
@@ -116,14 +141,18 @@ class RecordedMetrics:
     def failed(self, code: str) -> None:
         self.seen.append(("failed", code))
 
+    def engine(self, stats: EngineStats) -> None:
+        self.loaded = stats
+
 
 def serving(session: ScriptedSession, **options: Any) -> tuple[EngineServer, RecordedMetrics]:
     metrics = RecordedMetrics()
+    how = {"stuck_after_s": 60.0} | options
     opened: Any = session
     namespaces = Namespaces(lambda name: Opened(opened, None, lambda: None), most=1)
     with namespaces.use("default"):
         pass
-    return EngineServer(namespaces, CARD, metrics, **({"stuck_after_s": 60.0} | options)), metrics
+    return EngineServer(namespaces, session.engine, CARD, metrics, **how), metrics  # type: ignore[arg-type]
 
 
 async def collect(server: EngineServer, asked: EngineRequest) -> list[Event]:
@@ -141,7 +170,7 @@ def test_an_answer_and_its_report() -> None:
     assert last.report is not None
     assert (last.text, last.finish_reason) == ("q2 ", "stop")
     assert (last.report.prompt_tokens, last.report.cached_tokens, last.report.computed_tokens) == (9, 5, 4)
-    assert last.report.phases_s == (("lookup", 0.1), ("load", 0.2), ("link", 0.3), ("prefill", 0.4))
+    assert last.report.phases_s == (("lookup", 0.1), ("load", 0.2), ("queue", 0.5), ("prefill", 0.75))
     asked = session.requests[0]
     assert asked.linker == "reposition"
     assert list(asked.documents) == [DocumentRef("a"), Document("", "text", "title")]
@@ -182,53 +211,78 @@ def test_without_streaming_the_answer_is_one_piece() -> None:
     assert (only.text, only.finish_reason) == ("q0 q1 q2 ", "stop")
 
 
-def test_concurrent_requests_take_turns_on_one_thread() -> None:
+def test_concurrent_requests_share_steps_on_one_thread() -> None:
     session = ScriptedSession()
-    server, _ = serving(session)
+    server, metrics = serving(session)
+
+    async def go() -> list[list[Event]]:
+        return await asyncio.gather(*(collect(server, request(name)) for name in "ab"))
+
+    a, b = asyncio.run(go())
+    assert [p.text for p in a if isinstance(p, Piece)] == ["a0 ", "a1 ", "a2 "]
+    assert [p.text for p in b if isinstance(p, Piece)] == ["b0 ", "b1 ", "b2 "]
+    assert session.threads == {"engine"}
+    server.close()
+    assert metrics.loaded.running == 0
+
+
+def test_a_request_joins_between_two_steps() -> None:
+    session, release, entered = ScriptedSession(), threading.Event(), threading.Event()
+
+    def hold(name: str) -> None:
+        if name == "a1":
+            entered.set()
+            assert release.wait(30)
+
+    session.on_step = hold
 
     async def go() -> None:
-        await asyncio.gather(*(collect(server, request(name)) for name in "ab"))
+        server, _ = serving(session)
+        first = asyncio.create_task(collect(server, request("a")))
+        await asyncio.to_thread(entered.wait, 30)
+        second = asyncio.create_task(collect(server, request("b")))
+        while "b" not in session.steps:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        release.set()
+        await asyncio.gather(first, second)
 
     asyncio.run(go())
-    assert session.steps == ["a", "b", "a0", "b0", "a1", "b1", "a2", "b2"]
-    assert len(session.threads) == 1
+    assert session.steps == ["a", "a0", "a1", "b", "a2", "b0", "b1", "b2"]
 
 
 def test_health_is_answered_while_a_step_runs_and_fails_when_it_is_stuck() -> None:
     session, release, entered = ScriptedSession(), threading.Event(), threading.Event()
 
     def hold(name: str) -> None:
-        entered.set()
-        assert release.wait(30)
+        if name == "q0":
+            entered.set()
+            assert release.wait(30)
 
     session.on_step = hold
 
     async def go() -> None:
         server, _ = serving(session)
-        impatient, _ = serving(session, stuck_after_s=0.0)
         working = asyncio.create_task(collect(server, request("q")))
-        stuck = asyncio.create_task(collect(impatient, request("q")))
         await asyncio.to_thread(entered.wait, 30)
-        while len(session.steps) < 2:
-            await asyncio.sleep(0.01)
-        try:
-            assert await server.ping() == "ok"
-            with pytest.raises(RuntimeError, match="one engine step has been running"):
-                await impatient.check_health()
-        finally:
-            release.set()
-        await asyncio.gather(working, stuck)
-        assert await impatient.ping() == "ok"
+        assert await server.ping() == "ok"
+        server._stuck_after_s = 0.0
+        with pytest.raises(RuntimeError, match="one engine step has been running"):
+            await server.check_health()
+        release.set()
+        await working
+        while server._engine.busy_s:
+            await asyncio.sleep(0.001)
+        assert await server.ping() == "ok"
 
     asyncio.run(go())
 
 
-@pytest.mark.parametrize("at", ["q", "q1"])
-def test_a_cancelled_request_stops_after_the_step_at_hand_and_is_freed(at: str) -> None:
+def test_a_cancelled_request_is_freed_before_the_next_step() -> None:
     session, release, entered = ScriptedSession(), threading.Event(), threading.Event()
 
     def hold(name: str) -> None:
-        if name == at:
+        if name == "q1":
             entered.set()
             assert release.wait(30)
 
@@ -239,7 +293,9 @@ def test_a_cancelled_request_stops_after_the_step_at_hand_and_is_freed(at: str) 
         first = asyncio.create_task(collect(server, request("q")))
         await asyncio.to_thread(entered.wait, 30)
         queued = asyncio.create_task(collect(server, request("never")))
-        await asyncio.sleep(0.01)
+        while "never" not in session.steps:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
         for task in (first, queued):
             task.cancel()
         await asyncio.gather(first, queued, return_exceptions=True)
@@ -248,23 +304,26 @@ def test_a_cancelled_request_stops_after_the_step_at_hand_and_is_freed(at: str) 
         assert metrics.seen[-1] == ("running", 0)
 
     asyncio.run(go())
-    assert session.answers[0].closed.is_set()
-    assert "never" not in session.steps
-    assert session.steps[session.steps.index(at) + 1] == "r"
+    assert session.engine.cancelled == ["q"]
+    assert "never0" not in session.steps
+    assert session.steps[session.steps.index("q1") + 1 :] == ["never", "r", "r0", "r1", "r2"]
 
 
 def test_a_closed_generator_frees_its_answer() -> None:
-    session = ScriptedSession()
+    session, release = ScriptedSession(), threading.Event()
+    session.on_step = lambda name: None if name != "q1" else [release.wait(30), None][1]
 
     async def go() -> None:
         server, _ = serving(session)
         events = server.generate(request("q"))
         assert await anext(events) == Piece("q0 ")
         await events.aclose()
+        release.set()
+        await collect(server, request("r"))
 
     asyncio.run(go())
-    assert session.answers[0].closed.is_set()
-    assert session.steps == ["q", "q0"]
+    assert session.engine.cancelled == ["q"]
+    assert "q2" not in session.steps
 
 
 @pytest.mark.parametrize(
@@ -311,14 +370,15 @@ def test_a_refused_payload_is_counted_and_logged_with_its_document(caplog: pytes
     assert all("corrupt_payload" in w and "request_id=q" in w and "document_id='bad'" in w for w in warnings)
 
 
-def test_tiers_are_reported_and_documents_of_those_who_wait_are_fetched_ahead() -> None:
+def test_tiers_are_reported_and_documents_of_those_who_wait_are_loaded_beside_a_step() -> None:
     session, release, entered = ScriptedSession(), threading.Event(), threading.Event()
     session.documents = [ResolvedDocument("near", 5, "host"), ResolvedDocument("far", 7, "store")]
     session.tier_stats = CacheStats({}, {}, computed=0, late=0, failures=3, circuit="open", circuit_opened=1)
 
     def hold(name: str) -> None:
-        entered.set()
-        assert release.wait(30)
+        if name == "first0":
+            entered.set()
+            assert release.wait(30)
 
     session.on_step = hold
 
@@ -327,14 +387,13 @@ def test_tiers_are_reported_and_documents_of_those_who_wait_are_fetched_ahead() 
         first = asyncio.create_task(collect(server, request("first")))
         await asyncio.to_thread(entered.wait, 30)
         second = asyncio.create_task(collect(server, request("second")))
-        while not session.prefetched:
+        while session.steps[-1] != "second":
             await asyncio.sleep(0.005)
-        assert session.steps == ["first"]
+        assert session.steps == ["first", "first0", "second"]
         release.set()
         await asyncio.gather(first, second)
         return metrics
 
     metrics = asyncio.run(go())
-    assert [r.messages[-1].content for r in session.prefetched] == ["second"]
     assert [m for m in metrics.seen if m[0] == "lookup"] == [("lookup", 12, {"host": 5, "store": 7}, 0)] * 2
     assert metrics.seen.count(("tiers", "open")) == 2

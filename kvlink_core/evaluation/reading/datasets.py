@@ -17,6 +17,7 @@ from kvlink_core.evaluation.reading.fields import Fields
 from kvlink_core.evaluation.reading.formats import Source, format_of
 from kvlink_core.evaluation.worlds import held_out
 from kvlink_core.text import is_unicode
+from kvlink_core.training.family.tales import make_tale
 from kvlink_core.training.worlds import TEST_SEEDS
 from kvlink_core.types import Document
 
@@ -37,7 +38,7 @@ def open_dataset(
     """Read examples.
 
     Args:
-        source: a file; ``NAME=FILE`` to call it otherwise than the file; ``worlds`` for generated ones.
+        source: a file; ``NAME=FILE`` to call it otherwise than the file; ``worlds`` or ``tales`` for generated ones.
         limit: take the first so many that can be taken; nothing beyond them is read.
         shape: what is made of them.
         task: overrides what the format says: what ``ctxs`` holds may be summarised, too.
@@ -98,8 +99,21 @@ def _worlds(questions: int, seed: int) -> Iterator[Example]:
             yield Example(f"w{number}-{i}", question.question, documents, (question.answer,), kind=question.kind)
 
 
+def _tales(questions: int, seed: int) -> Iterator[Example]:
+    """Held-out tales, of which a later passage means nothing without an earlier one (docs/quality.md)."""
+    left = questions
+    for number in itertools.count(seed):
+        tale = make_tale(TEST_SEEDS.start + number)
+        documents = tuple(Document(str(i), p) for i, p in enumerate(tale.passages))
+        for i, question in enumerate(tale.questions[:left]):
+            yield Example(f"t{number}-{i}", question.question, documents, (question.answer,), kind=question.kind)
+        left -= len(tale.questions[:left])
+        if not left:
+            return
+
+
 #: Sources that are no files, by name: questions, and the first seed, which may be named as ``worlds:SEED``.
-GENERATED: Mapping[str, Callable[[int, int], Iterator[Example]]] = {"worlds": _worlds}
+GENERATED: Mapping[str, Callable[[int, int], Iterator[Example]]] = {"worlds": _worlds, "tales": _tales}
 
 #: How many questions are generated unless told otherwise.
 GENERATED_QUESTIONS = 2000

@@ -1,0 +1,100 @@
+"""Runs each request by itself, over a linked cache of its own: for models whose attention is not ours to arrange."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kvlink_core.encode import DocumentEncoder
+from kvlink_core.engine.documents import SharedDocument
+from kvlink_core.engine.memory import Budget
+from kvlink_core.engine.requests import Encoded, Task, Work
+from kvlink_core.linking import LinkedCache
+from kvlink_core.models import LoadedModel
+
+#: ``SlotMemory`` lends a quarter more than it is asked for.
+_LENT = 1.25
+
+
+class SoloRunner:
+    """Requests share steps and memory, and no forward pass; nothing of a document is shared.
+
+    A document that has no cache is encoded whole when its request begins.
+
+    Args:
+        model: the model.
+        budget: of its memory.
+    """
+
+    def __init__(self, model: LoadedModel, budget: Budget) -> None:
+        self._model = model
+        self._budget = budget
+        self._encoder = DocumentEncoder(model)
+
+    def needs(self, task: Task) -> int:
+        """Bytes that a task takes: the whole answer's slots are reserved."""
+        shapes = self._model.recipes.shapes(task.prompt.length + task.request.sampling.max_tokens)
+        return int(_LENT * sum(torch.Size(shape).numel() for shape in shapes) * self._model.dtype.itemsize) + 1
+
+    def open(self, task: Task) -> bool:
+        """Take the memory that a task needs; false where there is not enough."""
+        if not self._budget.take(self.needs(task)):
+            return False
+        task.context = ()
+        return True
+
+    def close(self, task: Task) -> None:
+        """Give everything back."""
+        task.context = None
+        self._budget.give(self.needs(task))
+
+    def ready(self, task: Task) -> bool:
+        """Links a task that was just opened.
+
+        Raises:
+            KVLinkError: its linker refuses the prompt.
+        """
+        if task.context == ():
+            task.context = self._link(task)
+        return True
+
+    def _link(self, task: Task) -> LinkedCache:
+        request, caches = task.request, []
+        encoded = 0
+        if request.linker.uses_caches:
+            segments = task.prompt.documents
+            given = list(request.caches) or [None] * len(segments)
+            cold = {s.token_ids for s, cache in zip(segments, given, strict=True) if cache is None}
+            made = dict(zip(cold, self._encoder.encode([list(t) for t in cold]), strict=True))
+            encoded = sum(len(t) for t in cold)
+            caches = [cache or made[s.token_ids] for s, cache in zip(segments, given, strict=True)]
+        linked = request.linker.link(self._model, task.prompt, caches, reserve=request.sampling.max_tokens)
+        pending = linked.pending.tolist()
+        task.begin(linked.token_ids[linked.pending].tolist(), pending, pending)
+        if not task.handle.preemptions:
+            task.handle.computed_tokens = linked.computed_tokens + encoded
+        return linked
+
+    def room(self, task: Task) -> bool:
+        """Always: slots were reserved."""
+        return True
+
+    def encoding(self) -> list[SharedDocument]:
+        """None: see ``ready``."""
+        return []
+
+    def run(
+        self, works: Sequence[Work], chunks: Sequence[tuple[SharedDocument, int]]
+    ) -> tuple[torch.Tensor, list[Encoded]]:
+        """As ``FlatRunner.run``."""
+        assert not chunks
+        rows = []
+        for work in works:
+            task, completes = work.task, work.completes
+            at = slice(task.done, task.done + work.count)
+            logits = task.context.compute(torch.tensor(task.token_ids[at]), torch.tensor(task.positions[at]))
+            task.done += work.count
+            if completes:
+                rows.append(logits)
+        return torch.stack(rows) if rows else torch.empty(0), []
