@@ -20,9 +20,10 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
-from kvlink_core.engine import Encoded, Engine, SamplingParams
+from kvlink_core.engine import Encoded, Engine, SamplingParams, TokenLogprobs
 from kvlink_core.errors import KVLinkError
 from kvlink_core.models import LoadedModel, load_model
+from kvlink_core.prompt import PromptLayout
 from kvlink_core.session import AnswerRequest, Prepared, Session
 from kvlink_core.store.tiers import TIERS
 from kvlink_core.types import Document, DocumentRef, Message, check_document_id
@@ -46,6 +47,7 @@ from serve.wire import (
     Piece,
     Report,
     WireDocument,
+    WireLogprob,
     api_error,
 )
 
@@ -133,21 +135,23 @@ class EngineServer:
             prepared = await asyncio.wrap_future(loading)
             stream = self._engine.submit(prepared.request)
             held, ttft_s = "", None
+            likely: tuple[WireLogprob, ...] = ()
             async for event in stream:
                 if ttft_s is None:
                     ttft_s = time.monotonic() - arrived
                     self._metrics.first_token(prepared.linker, ttft_s)
                     sent = False
                 held += event.text
+                likely += tuple(_logprob(session.model.layout, each) for each in event.logprobs)
                 if event.finish_reason is not None:
                     report = self._report(request, prepared, stream, ttft_s, time.monotonic() - arrived)
                     stream = None
-                    yield Piece(held, event.finish_reason, report)
+                    yield Piece(held, event.finish_reason, report, likely)
                     return
-                if request.stream and (held or not sent):
+                if request.stream and (held or likely or not sent):
                     # The first event goes out even without text: with it the HTTP status is decided.
-                    yield Piece(held)
-                    held, sent = "", True
+                    yield Piece(held, logprobs=likely)
+                    held, likely, sent = "", (), True
         except Exception as error:  # raised, it would reach the client as Ray's traceback, or as a cut stream
             yield Failed(self._fault(request, error))
         finally:
@@ -311,6 +315,16 @@ def _core_document(document: WireDocument) -> Document | DocumentRef:
         assert document.id is not None, "the schema asks for an id or a text"
         return DocumentRef(document.id)
     return Document(document.id or "", document.text, document.title)
+
+
+def _logprob(layout: PromptLayout, found: TokenLogprobs) -> WireLogprob:
+    """Token ids as the text that each is alone; part of a character shows as U+FFFD."""
+
+    def named(token_id: int, logprob: float, top: tuple[WireLogprob, ...] = ()) -> WireLogprob:
+        text = layout.decode([token_id])
+        return WireLogprob(text, logprob, tuple(text.encode()), top)
+
+    return named(found.token_id, found.logprob, tuple(named(token_id, value) for token_id, value in found.top))
 
 
 def _log(event: str, level: int, request_id: str, **fields: object) -> None:

@@ -75,6 +75,12 @@ def test_openai_chat_with_everything_that_works(url: str, answer: str) -> None:
         extra_body=DOCUMENTS,
     )  # fmt: skip
     assert whole.choices[0].message.content == answer
+    assert whole.choices[0].logprobs is not None
+    likely = whole.choices[0].logprobs.content
+    assert likely is not None
+    assert len(likely) == 8
+    # Greedily drawn: each token is the most likely one at its place.
+    assert all(each.logprob == each.top_logprobs[0].logprob >= each.top_logprobs[1].logprob for each in likely)
     question = [{"role": "developer", "content": "Be brief."}, *QUESTION]
     stop = client.chat.completions.create(model="tiny", messages=question, max_tokens=8, stop=["\n"])
     assert stop.choices[0].finish_reason in ("stop", "length")
