@@ -25,7 +25,7 @@ from kvlink_core.types import Document, DocumentCache, DocumentRef, Message
 from pipeline.stages import EncoderSettings, ShardEncoder, row_from_json
 from pipeline.tables import SCAN_SCHEMA
 from serve.config import ServiceConfig
-from serve.loading import open_session
+from serve.loading import open_namespaces
 
 TEXTS = {"a": "Maria Lopez was born in Lima.", "b": "She lives in Oslo now.", "c": "!"}
 ASK = [Message("user", "Where does she live?")]
@@ -94,12 +94,15 @@ def test_the_service_and_the_commands_take_it(
 ) -> None:
     spec = "int4:keep=0.25,scorer=knorm"
     url = precompute(tmp_path, tiny_model_dir, tiny_model, spec)
-    settings = ServiceConfig.model_validate({"store": url, "model": str(tiny_model_dir), "codec": spec})
+    settings = ServiceConfig.model_validate(
+        {"store": url, "model": str(tiny_model_dir), "codec": spec, "tiers": {"recompute": "never"}}
+    )
     request = AnswerRequest(ASK, [DocumentRef("a"), DocumentRef("b")], "reposition", GREEDY)
-    served = open_session(settings).start(request)
-    assert [d.origin for d in served.documents] == ["store", "store"]
     ours = Session(tiny_model, DocumentStore.open(url, fingerprint=tiny_model.fingerprint, codec=spec)).start(request)
-    assert served.text() == ours.text()
+    with open_namespaces(settings, tiny_model).use("default") as opened:
+        served = opened.session.start(request)
+        assert [d.origin for d in served.documents] == ["store", "store"]
+        assert served.text() == ours.text()
 
     asked = kvlink(
         "ask", "Where?", "--store", url, "--model", str(tiny_model_dir), "--codec", spec, "-i", "a", "--linker",
