@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -15,7 +15,7 @@ from kvlink_core.benchmark.codec_speed import measure_speed
 from kvlink_core.benchmark.hardware import CoreWatch, describe_hardware, describe_versions
 from kvlink_core.benchmark.results import Model
 from kvlink_core.benchmark.ttft import ENOUGH_RUNS
-from kvlink_core.compress import Codec, codec_spec, get_codec
+from kvlink_core.compress import Codec, codec_spec, get_codec, pruning_of
 from kvlink_core.errors import InputError
 from kvlink_core.models import LoadedModel, load_model
 
@@ -92,7 +92,7 @@ def run(
         linked = (passages(model, plan.questions), long_documents(model, plan.questions, plan.document_tokens))
         quality += [_quality(plan.model, model, material, codecs, progress) for material in linked]
     for model in texts:
-        material = own_text(model, plan.texts, *_fitting(model, plan))
+        material = own_text(model, plan.texts, *_fitting(model, plan, codecs.values()))
         quality.append(_quality(plan.text_model or "", model, material, codecs, progress))
     if models and not texts:
         notes.append("no second model's own text was followed, since --text-model names none.")
@@ -108,10 +108,13 @@ def run(
     )
 
 
-def _fitting(model: LoadedModel, plan: Plan) -> tuple[int, int]:
-    """Tokens of a text and tokens that follow, cut to the model's context."""
+def _fitting(model: LoadedModel, plan: Plan, codecs: Iterable[Codec]) -> tuple[int, int]:
+    """Tokens of a text and tokens that follow, cut to the model's context, in which some scorers read a text twice."""
     following = min(plan.following, model.context_length // 4)
-    return min(plan.text_tokens, model.context_length - following - 1), following
+    prunings = [pruning for codec in codecs if (pruning := pruning_of(codec)) is not None]
+    twice = any(pruning.reads == "again" for pruning in prunings)
+    room = model.context_length // 2 if twice else model.context_length - following - 1
+    return min(plan.text_tokens, room), following
 
 
 def _speed(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from command import Kvlink
 from pydantic import ValidationError
+from tiny import save_tiny, tiny_configs
 
 from kvlink_core.benchmark import codec_page
 from kvlink_core.benchmark.codec_page import BEGIN, END, page_with, read_codec_report, render
@@ -195,3 +196,17 @@ def test_what_speed_is_measured_with(shape: Shape) -> None:
         ("raw", 1, 3), ("int8", 1, 3), ("raw", 2, 3), ("int8", 2, 3),
     ]  # fmt: skip
     assert rows[0].stored_bytes == shape.nbytes
+
+
+@pytest.mark.parametrize("spec", ["raw:keep=0.5,scorer=knorm", "raw:keep=0.5,scorer=repeat"])
+def test_texts_fit_a_short_context_also_where_a_scorer_reads_them_twice(
+    kvlink: Kvlink, tmp_path: Path, spec: str
+) -> None:
+    model = save_tiny(tmp_path / "model", tiny_configs(context=96)["llama"])
+    done = kvlink(
+        "bench", "codec", "--questions", "0", "--repeats", "0", "--text-model", str(model), "--codec", spec,
+        "--json", str(tmp_path / "out.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (quality,) = read_codec_report(tmp_path / "out.json").quality
+    assert quality.rows[0].share < 0.7
