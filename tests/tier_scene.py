@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,3 +66,15 @@ def reading_threads() -> list[str]:
 def kept(tiers: TieredCache) -> None:
     """Wait until everything that was on its way is where it is kept."""
     soon(lambda: not tiers._flights._flying)
+
+
+def on_disk(directory: Path) -> int:
+    """Bytes that the file system has given out for files, as ``du`` counts them."""
+    total = 0
+    for path in directory.rglob("*"):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        total += max(status.st_blocks * 512, status.st_size) if path.is_file() else 0
+    return total

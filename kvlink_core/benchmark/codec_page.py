@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from kvlink_core.benchmark.codec_results import CodecReport
 from kvlink_core.benchmark.codec_tables import Grid, grids, verdicts
+from kvlink_core.benchmark.report import read_json
 from kvlink_core.errors import ConfigError
 
 #: What is between these two lines is generated; the rest of the page is left as it is.
@@ -21,16 +20,7 @@ def read_codec_report(path: Path) -> CodecReport:
     Raises:
         ConfigError: not there, not such a file, or figures that do not follow from what is in it.
     """
-    try:
-        return CodecReport.model_validate_json(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {str(path)!r}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{str(path)!r} is not text in UTF-8, let alone the JSON of kvlink bench codec.") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(step) for step in first["loc"]) or "the file"
-        raise ConfigError(f"{str(path)!r} is not the JSON of kvlink bench codec: {where}: {first['msg']}.") from error
+    return read_json(path, CodecReport, "kvlink bench codec")
 
 
 def render(reports: Sequence[CodecReport]) -> str:

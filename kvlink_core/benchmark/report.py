@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from kvlink_core.benchmark.hardware import CoreWatch, describe_hardware, describe_versions
 from kvlink_core.benchmark.results import Model, Point, Report
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from kvlink_core.benchmark.codec_results import CodecReport
     from kvlink_core.benchmark.precision import PrecisionReport
     from kvlink_core.benchmark.serving_results import ServingReport
+
+AnyReport = TypeVar("AnyReport", bound=BaseModel)
 
 
 def make_report(
@@ -54,13 +56,7 @@ def make_report(
         full_budget_s=settings.full_budget_s,
         versions=describe_versions(),
         hardware=describe_hardware(model.device, watch),
-        model=Model(
-            source=source,
-            type=model.spec.model_type,
-            parameters=sum(p.numel() for p in model.network.parameters()),
-            dtype=model.fingerprint.dtype,
-            device=str(model.device),
-        ),
+        model=Model.of(model, source),
         warnings=[*([few] if quick else []), *([busy] if busy else []), *warnings],
         points=list(points),
     )
@@ -88,18 +84,23 @@ def write_text(text: str, path: Path) -> None:
 
 
 def read_report(path: Path) -> Report:
-    """Read the JSON back.
+    """Read the JSON of ``kvlink bench ttft`` back.
 
     Raises:
         ConfigError: not there, not such a file, or figures that do not follow from its runs.
     """
+    return read_json(path, Report, "kvlink bench ttft")
+
+
+def read_json(path: Path, kind: type[AnyReport], command: str) -> AnyReport:
+    """Read a report that ``command`` wrote. Raises ``ConfigError`` as ``read_report`` does."""
     try:
-        return Report.model_validate_json(path.read_text("utf-8"))
+        return kind.model_validate_json(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {str(path)!r}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{str(path)!r} is not text in UTF-8, let alone the JSON of kvlink bench ttft.") from error
+        raise ConfigError(f"{str(path)!r} is not text in UTF-8, let alone the JSON of {command}.") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(step) for step in first["loc"]) or "the file"
-        raise ConfigError(f"{str(path)!r} is not the JSON of kvlink bench ttft: {where}: {first['msg']}.") from error
+        raise ConfigError(f"{str(path)!r} is not the JSON of {command}: {where}: {first['msg']}.") from error

@@ -12,6 +12,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from kvlink_core.models import LoadedModel
+
 Part = Literal["load", "decode", "rotate", "copy", "prefill", "sample"]
 
 #: Where the time of a linked first token goes, in the order in which it passes.
@@ -219,6 +221,17 @@ class Model(_Record):
     parameters: int
     dtype: str
     device: str
+
+    @classmethod
+    def of(cls, model: LoadedModel, source: str) -> Self:
+        """What is to be said of a loaded model."""
+        return cls(
+            source=source,
+            type=model.spec.model_type,
+            parameters=sum(p.numel() for p in model.network.parameters()),
+            dtype=model.fingerprint.dtype,
+            device=str(model.device),
+        )
 
 
 class Report(_Record):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from kvlink_core.cli.common import probe, progress_bar, stderr, stdout
+from kvlink_core.cli.common import command_line, probe, progress_bar, stderr, stdout
 from kvlink_core.cli.store_tables import show
 
 
@@ -68,7 +66,7 @@ def bench_store(
         import json
 
         report = {
-            "format": "kvlink-bench-store/1", "command": shlex.join(["kvlink", *sys.argv[1:]]),
+            "format": "kvlink-bench-store/1", "command": command_line(),
             "versions": describe_versions(), "load_before": watch.load_before, "others_busy": watch.others(),
             "reading": [asdict(item) for item in found], "catalog": asdict(catalog) if catalog else None,
         }  # fmt: skip

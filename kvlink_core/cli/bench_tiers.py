@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from kvlink_core.cli.common import Device, Dtype, Model, probe, progress_bar, stdout
+from kvlink_core.cli.common import Device, Dtype, Model, command_line, probe, progress_bar, stdout
 from kvlink_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -87,7 +85,7 @@ def bench_tiers(
         ) if speed else []  # fmt: skip
     report = make_tiers_report(
         rates, times, model=model, device=device, settings=settings, watch=watch,
-        command=shlex.join(["kvlink", *sys.argv[1:]]), started=started,
+        command=command_line(), started=started,
     )  # fmt: skip
     wide = stdout if stdout.is_terminal else Console(emoji=False, width=160)
     for table in tiers_tables(report):

@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvlink_core.cli.common import stdout
+from kvlink_core.cli.common import wide
 from kvlink_core.cli.store_common import age, count, say, size
 
 if TYPE_CHECKING:
     from kvlink_core.store import CatalogRow
     from kvlink_core.store.lifecycle import DocumentInfo, Problem, ShardInfo, Stats
     from kvlink_core.store.lifecycle.stats import Amount
-
-#: Columns for tables that go into a file or a pipe.
-_WIDTH = 140
 
 #: Of names that are hashes.
 _DIGITS = 12
@@ -28,7 +24,7 @@ _NUMBERS = ("documents", "payloads", "tokens", "size", "shards", "row group")
 
 def show(table: Table) -> None:
     """Print a table, as wide as the terminal, or as a pipe may have it."""
-    (stdout if stdout.is_terminal else Console(emoji=False, width=_WIDTH)).print(table)
+    wide().print(table)
 
 
 def text(value: str) -> str:

@@ -16,6 +16,7 @@ from typing import IO
 
 import pytest
 from store_places import Place, make_cache, same
+from tier_scene import on_disk
 
 from kvlink_core.compress import EncodedDocument
 from kvlink_core.errors import ConfigError
@@ -57,18 +58,6 @@ def put(tier: DiskTier, store: DocumentStore, row: CatalogRow) -> bool:
     assert isinstance(document, EncodedDocument)
     nbytes = row.nbytes + 4 * row.tokens
     return tier.put(CacheKey.of(row), nbytes, lambda file: store.write_copy(file, row, document))
-
-
-def on_disk(directory: Path) -> int:
-    """Bytes that the file system has given out for files, as ``du`` counts them."""
-    total = 0
-    for path in directory.rglob("*"):
-        try:
-            status = path.stat()
-        except FileNotFoundError:
-            continue
-        total += max(status.st_blocks * 512, status.st_size) if path.is_file() else 0
-    return total
 
 
 def test_a_payload_comes_back_as_the_store_has_it(store: DocumentStore, tier: DiskTier) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from store_places import make_cache, same
-from tier_scene import CACHES, Scene, soon
+from tier_scene import CACHES, Scene, on_disk, soon
 
 from kvlink_core.store.tiers import CacheKey, Wanted
 from kvlink_core.types import DocumentCache
@@ -36,17 +36,6 @@ def test_a_scan_leaves_what_is_asked_for_again(scene: Scene) -> None:
     for key in keys[40:]:
         assert not ask(key)
     assert sum(map(ask, keys[:40])) >= 38
-
-
-def on_disk(directory: Path) -> int:
-    total = 0
-    for path in directory.rglob("*"):
-        try:
-            status = path.stat()
-        except FileNotFoundError:
-            continue
-        total += max(status.st_blocks * 512, status.st_size) if path.is_file() else 0
-    return total
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
