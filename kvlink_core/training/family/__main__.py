@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,8 @@ MAIN_LINKERS: dict[str, tuple[str, ...]] = {
 }
 MORE_LINKERS: dict[str, tuple[str, ...]] = {
     "base": _RECOMPUTING,
-    "k0": _RECOMPUTING,
-    "k5": ("reposition", "link-tokens:k=1", *_RECOMPUTING),
+    "k0": ("concat", "epic:k=8", "cacheblend:ratio=0.3"),
+    "k5": ("concat", "epic:k=8", "cacheblend:ratio=0.3"),
 }
 
 
@@ -67,29 +69,56 @@ def _pool(options: argparse.Namespace) -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    """All variants and seeds at once, over the GPUs by turns; a pool of rows is written beside them."""
+    """All variants and seeds, a few at a time on each GPU; a pool of rows is written beside them."""
     options.out.mkdir(parents=True, exist_ok=True)
     here = [sys.executable, "-m", "kvlink_core.training.family"]
     common = ["--layout", options.layout, "--device", options.device, "--attention", options.attention]
     common += ["--layers", options.layers, "--width", options.width, "--inner", options.inner]
     common += ["--compile" if options.compile else "--no-compile", "--tales", options.tales]
     pool = [*here, "pool", "--pool", options.pool, "--chunks", options.chunks, "--workers", options.workers, *common]
-    running = [(subprocess.Popen([str(a) for a in pool]), "pool")]
-    names = [(v, s) for s in map(int, options.seeds.split(",")) for v in options.variants.split(",")]
-    for number, (variant, seed) in enumerate(names):
-        peak = options.peak if variant not in ("wrap", "link-only") else options.peak_frozen
-        command = [
-            *here, "one", "--variant", variant, "--seed", seed, "--base", options.base, "--pool", options.pool,
-            "--chunks", options.chunks, "--out", options.out / f"{variant}-{seed}", "--rows", options.rows,
-            "--steps", options.steps, "--seconds", options.seconds, "--peak", peak, *common,
-        ]  # fmt: skip
-        env = dict(os.environ)
-        if options.gpus > 1:
-            env["CUDA_VISIBLE_DEVICES"] = str(number % options.gpus)
-        running.append((subprocess.Popen([str(a) for a in command], env=env), f"{variant}-{seed}"))
-    failed = [name for process, name in running if process.wait() != 0]
+    making = subprocess.Popen([str(a) for a in pool])
+    waiting: list[tuple[str, list[str]]] = []
+    for seed in map(int, options.seeds.split(",")):
+        for variant in options.variants.split(","):
+            peak = options.peak if variant not in ("wrap", "link-only") else options.peak_frozen
+            command = [
+                *here, "one", "--variant", variant, "--seed", seed, "--base", options.base, "--pool", options.pool,
+                "--chunks", options.chunks, "--out", options.out / f"{variant}-{seed}", "--rows", options.rows,
+                "--steps", options.steps, "--seconds", options.seconds, "--peak", peak, *common,
+            ]  # fmt: skip
+            waiting.append((f"{variant}-{seed}", [str(a) for a in command]))
+    failed = in_turn(waiting, options.gpus, options.at_once)
+    if making.wait() != 0:
+        failed.append("pool")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
+
+
+def in_turn(waiting: list[tuple[str, list[str]]], gpus: int, at_once: int) -> list[str]:
+    """Run the named commands, at most ``at_once`` on a GPU, in order; returns the names of those that failed."""
+    left: queue.SimpleQueue[tuple[str, list[str]]] = queue.SimpleQueue()
+    for entry in waiting:
+        left.put(entry)
+    failed: list[str] = []
+
+    def work(gpu: int) -> None:
+        env = dict(os.environ)
+        if gpus > 1:
+            env["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        while True:
+            try:
+                name, command = left.get_nowait()
+            except queue.Empty:
+                return
+            if subprocess.run(command, env=env, check=False).returncode != 0:
+                failed.append(name)
+
+    workers = [threading.Thread(target=work, args=(gpu,)) for _ in range(at_once) for gpu in range(gpus)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return failed
 
 
 def _linked(options: argparse.Namespace) -> None:
@@ -169,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
         add.add_argument("--peak-frozen", type=float, default=2e-2, help="the same for embeddings alone")
         add.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 4) - 2))
         add.add_argument("--gpus", type=int, default=1)
+        add.add_argument("--at-once", type=int, default=4, help="fine-tunes that share a GPU")
         add.add_argument("--device", default="cuda")
         add.add_argument("--attention", choices=("flex", "dense"), default="flex")
         add.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)

@@ -139,11 +139,14 @@ def make_pool(tokenizer_file: Path, folder: Path, chunks: int, workers: int, set
 
 def _write_chunk(tokenizer_file: str, folder: str, chunk: int, name: str) -> None:
     modes, own = next((modes, own) for n, modes, own in SETS if n == name)
-    rows = chunk_rows(TalePacker(Path(tokenizer_file), own_links=own), modes, chunk, CHUNK)
     path = Path(folder) / f"{name}-{chunk}.npz"
-    with open(f"{path}.part", "wb") as file:
+    if path.exists():  # chunks depend on nothing but their number
+        return
+    rows = chunk_rows(TalePacker(Path(tokenizer_file), own_links=own), modes, chunk, CHUNK)
+    part = f"{path}.{os.getpid()}.part"
+    with open(part, "wb") as file:
         np.savez(file, tokens=rows.tokens, answers=rows.answers, tags=rows.tags)
-    os.replace(f"{path}.part", path)
+    os.replace(part, path)
 
 
 class PoolFeed:
