@@ -127,7 +127,8 @@ class Graphs:
             if fitting:
                 self._idle.remove(fitting[-1])  # the last one that was used: its graphs are the likeliest
                 return fitting[-1]
-        keys, values = (torch.zeros(s, dtype=self._dtype, device=self._device) for s in self._shapes(capacity))
+        with torch.inference_mode(False):  # it goes from hand to hand, and not all of them are in inference mode
+            keys, values = (torch.zeros(s, dtype=self._dtype, device=self._device) for s in self._shapes(capacity))
         return SlotBuffer(keys, values)
 
     def give(self, buffer: SlotBuffer) -> None:

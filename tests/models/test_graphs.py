@@ -127,6 +127,17 @@ def test_two_prompts_at_a_time_have_a_buffer_each(tiny_model: LoadedModel) -> No
             assert difference(one.compute(*at), truth[1][step]) <= 1e-5
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_memory_that_inference_mode_made_is_used_outside_of_it(tiny_model: LoadedModel, graphs: bool) -> None:
+    model = with_graphs(tiny_model, Again) if graphs else tiny_model
+    prompt = prompt_for(model, "link-tokens")
+    with torch.inference_mode():
+        made = linked_by(model, "link-tokens", prompt, reserve=STEPS)
+        del made
+    gc.collect()
+    follow(linked_by(model, "link-tokens", prompt, reserve=STEPS), expected(tiny_model, "link-tokens"))
+
+
 def test_buffers_come_back_and_no_more_are_kept_than_asked(tiny_model: LoadedModel) -> None:
     def addresses(graphed: LoadedModel) -> set[int]:
         seen = set()
