@@ -17,7 +17,7 @@ from ray.serve.config import RequestRouterConfig
 from kvlink_core.compress import codec_spec, get_codec
 from kvlink_core.errors import KVLinkError
 from serve import logs
-from serve.binding import check_binding, serve_host
+from serve.binding import check_binding, check_tls, serve_host, serve_keyfile
 from serve.client import RayDocuments, RayEngine
 from serve.config import ServiceConfig, StartupError
 from serve.documents import DocumentService
@@ -52,6 +52,7 @@ def build_app(config: ServiceConfig) -> Application:
         # `serve run` can exit with a plain error only until something is deployed.
         check(config)
         check_binding(config, serve_host())
+        check_tls(serve_keyfile())
     except KVLinkError as error:
         raise StartupError(str(error)) from None
     engine, autoscaling = config.engine, config.engine.autoscaling
@@ -123,6 +124,7 @@ def _ingress_builder(config: ServiceConfig) -> Callable[[], FastAPI]:
     def build() -> FastAPI:
         # Again, where Serve's own word on it can be had.
         check_binding(config, serve_host())
+        check_tls(serve_keyfile())
         logs.install()
         wait = config.engine.retry_after_s
         return create_app(
