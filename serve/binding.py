@@ -45,8 +45,8 @@ def check_tls(ssl_keyfile: str | None) -> None:
     """
     if ssl_keyfile is not None and RAY_SERVE_ENABLE_HA_PROXY:
         raise StartupError(
-            "http_options.ssl_keyfile is set, and Serve's HAProxy speaks plain HTTP only. End TLS in front of it and drop "
-            "the option, or start Serve without RAY_SERVE_ENABLE_HA_PROXY=1."
+            "http_options.ssl_keyfile is set, and Serve's HAProxy speaks plain HTTP only. End TLS in front of it and "
+            "drop the option, or start Serve without RAY_SERVE_ENABLE_HA_PROXY=1."
         )
 
 

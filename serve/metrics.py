@@ -90,7 +90,8 @@ class PrometheusMetrics:
         self._tiers = TierMetrics()
 
         self._waiting = Gauge(
-            "kvlink_engine_waiting_requests", description="Requests in the engine that wait for their turn, or for memory."
+            "kvlink_engine_waiting_requests",
+            description="Requests in the engine that wait for their turn, or for memory.",
         )
         self._kv_used = Gauge(
             "kvlink_kv_used_bytes", description="Keys and values in memory; idle: kept while nothing else needs it.",
