@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 
 import ray
-from ray.serve._private.constants import DEFAULT_HTTP_HOST, RAY_SERVE_ENABLE_HA_PROXY
+from ray.serve._private.constants import DEFAULT_HTTP_HOST
 from ray.serve.context import _get_global_client
 
 from serve.config import ServiceConfig, StartupError
@@ -30,6 +31,11 @@ def serve_host() -> str | None:
     return DEFAULT_HTTP_HOST or "127.0.0.1"
 
 
+def with_haproxy() -> bool:
+    """Whether a Serve that is started with this process's environment takes requests with HAProxy."""
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+
+
 def serve_keyfile() -> str | None:
     """The key of the certificate that the Serve that runs was given; ``None`` without TLS, or if none runs."""
     client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
@@ -43,7 +49,7 @@ def check_tls(ssl_keyfile: str | None) -> None:
     Raises:
         StartupError: names the remedies.
     """
-    if ssl_keyfile is not None and RAY_SERVE_ENABLE_HA_PROXY:
+    if ssl_keyfile is not None and with_haproxy():
         raise StartupError(
             "http_options.ssl_keyfile is set, and Serve's HAProxy speaks plain HTTP only. End TLS in front of it and "
             "drop the option, or start Serve without RAY_SERVE_ENABLE_HA_PROXY=1."

@@ -12,11 +12,10 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.schema import HTTPOptionsSchema, LoggingConfig, ServeApplicationSchema, ServeDeploySchema
 
 from kvlink_core.errors import ConfigError, KVLinkError
-from serve.binding import check_binding, check_tls
+from serve.binding import check_binding, check_tls, with_haproxy
 from serve.config import ServiceConfig
 from serve.loading import check
 
@@ -79,7 +78,7 @@ def main() -> None:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
     print("ok")
-    if not RAY_SERVE_ENABLE_HA_PROXY:
+    if not with_haproxy():
         print(HINT, file=sys.stderr)
 
 

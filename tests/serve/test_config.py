@@ -218,8 +218,9 @@ def test_serve_s_own_word_on_the_host_counts(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_certificate_that_haproxy_would_not_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"host": "127.0.0.1", "ssl_keyfile": "/k.pem", "ssl_certfile": "/c.pem"}
     path = edited(CONFIGS[-1], tmp_path, args={"check": False}, http_options=options)
+    monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
     check_file(path)
-    monkeypatch.setattr(binding, "RAY_SERVE_ENABLE_HA_PROXY", True)
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
     with pytest.raises(StartupError, match="plain HTTP only") as caught:
         check_file(path)
     assert "\n" not in str(caught.value)
@@ -230,7 +231,7 @@ def test_a_certificate_that_haproxy_would_not_use_is_refused(tmp_path: Path, mon
 def test_the_check_says_what_makes_first_tokens_faster(
     haproxy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("serve.check.RAY_SERVE_ENABLE_HA_PROXY", haproxy)
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", str(int(haproxy)))
     monkeypatch.setattr("sys.argv", ["serve.check", str(edited(CONFIGS[-1], tmp_path, args={"check": False}))])
     main()
     said = capsys.readouterr()
