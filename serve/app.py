@@ -4,8 +4,10 @@ No ``from __future__ import annotations`` here: Serve looks at the annotation of
 arguments are a ``ServiceConfig``, and a string would make it pass a plain dictionary.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
@@ -15,7 +17,7 @@ from ray.serve.config import RequestRouterConfig
 from kvlink_core.compress import codec_spec, get_codec
 from kvlink_core.errors import KVLinkError
 from serve import logs
-from serve.binding import check_binding, serve_host
+from serve.binding import check_binding, check_tls, serve_host, serve_keyfile
 from serve.client import RayDocuments, RayEngine
 from serve.config import ServiceConfig, StartupError
 from serve.documents import DocumentService
@@ -30,6 +32,14 @@ ENGINE = "engine"
 DOCUMENTS = "documents"
 INGRESS = "ingress"
 
+#: How Serve runs the replicas of the request path: they talk gRPC instead of Ray's object store, and no threads stand
+#: between, which do nothing but pass messages on. Ours alone: it reads these in each replica's process.
+FAST_PATH = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+
 
 def build_app(config: ServiceConfig) -> Application:
     """The ingress over the engine and the documents, as a Serve application.
@@ -42,14 +52,16 @@ def build_app(config: ServiceConfig) -> Application:
         # `serve run` can exit with a plain error only until something is deployed.
         check(config)
         check_binding(config, serve_host())
+        check_tls(serve_keyfile())
     except KVLinkError as error:
         raise StartupError(str(error)) from None
     engine, autoscaling = config.engine, config.engine.autoscaling
     replica = serve.deployment(
         EngineReplica,
         name=ENGINE,
-        ray_actor_options={"num_cpus": engine.num_cpus, "num_gpus": engine.num_gpus},
-        max_ongoing_requests=engine.max_running,
+        ray_actor_options={"num_cpus": engine.num_cpus, "num_gpus": engine.num_gpus, **_environment(config)},
+        # Those beyond what the engine computes wait in it: their documents are fetched from here on.
+        max_ongoing_requests=engine.max_running + engine.max_ahead,
         max_queued_requests=engine.max_waiting,
         autoscaling_config=autoscaling.model_dump(),
         graceful_shutdown_timeout_s=engine.shutdown_timeout_s,
@@ -70,7 +82,7 @@ def build_app(config: ServiceConfig) -> Application:
         serve.ingress(_ingress_builder(config))(),
         name=INGRESS,
         num_replicas=config.ingress.replicas,
-        ray_actor_options={"num_cpus": config.ingress.num_cpus},
+        ray_actor_options={"num_cpus": config.ingress.num_cpus, **_environment(config)},
         max_ongoing_requests=config.ingress.max_ongoing_requests,
         graceful_shutdown_timeout_s=engine.shutdown_timeout_s,
     )
@@ -78,6 +90,13 @@ def build_app(config: ServiceConfig) -> Application:
     if config.store is None:
         return ingress.bind(bound)
     return ingress.bind(bound, documents.bind(config.model_dump()))
+
+
+def _environment(config: ServiceConfig) -> dict[str, Any]:
+    """Options of an actor on the request path. What whoever starts the service has set is left as it is."""
+    if not config.fast_path:
+        return {}
+    return {"runtime_env": {"env_vars": {name: os.environ.get(name, value) for name, value in FAST_PATH.items()}}}
 
 
 class DocumentsReplica(DocumentService):
@@ -105,6 +124,7 @@ def _ingress_builder(config: ServiceConfig) -> Callable[[], FastAPI]:
     def build() -> FastAPI:
         # Again, where Serve's own word on it can be had.
         check_binding(config, serve_host())
+        check_tls(serve_keyfile())
         logs.install()
         wait = config.engine.retry_after_s
         return create_app(

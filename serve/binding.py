@@ -1,8 +1,9 @@
-"""Whether the service may listen where it is told to: beyond loopback only with keys, or if told to do without."""
+"""Whether the service may listen as it is told to: beyond loopback only with keys, or if told to do without them."""
 
 from __future__ import annotations
 
 import ipaddress
+import os
 
 import ray
 from ray.serve._private.constants import DEFAULT_HTTP_HOST
@@ -28,6 +29,31 @@ def serve_host() -> str | None:
         host: str | None = client.http_config.host
         return host
     return DEFAULT_HTTP_HOST or "127.0.0.1"
+
+
+def with_haproxy() -> bool:
+    """Whether a Serve that is started with this process's environment takes requests with HAProxy."""
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+
+
+def serve_keyfile() -> str | None:
+    """The key of the certificate that the Serve that runs was given; ``None`` without TLS, or if none runs."""
+    client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    keyfile: str | None = None if client is None else client.http_config.ssl_keyfile
+    return keyfile
+
+
+def check_tls(ssl_keyfile: str | None) -> None:
+    """Refuse a certificate that would not be used: HAProxy would speak plain HTTP, and reach no replica behind it.
+
+    Raises:
+        StartupError: names the remedies.
+    """
+    if ssl_keyfile is not None and with_haproxy():
+        raise StartupError(
+            "http_options.ssl_keyfile is set, and Serve's HAProxy speaks plain HTTP only. End TLS in front of it and "
+            "drop the option, or start Serve without RAY_SERVE_ENABLE_HA_PROXY=1."
+        )
 
 
 def check_binding(config: ServiceConfig, host: str | None) -> None:

@@ -15,11 +15,15 @@ from pydantic import ValidationError
 from ray.serve.schema import HTTPOptionsSchema, LoggingConfig, ServeApplicationSchema, ServeDeploySchema
 
 from kvlink_core.errors import ConfigError, KVLinkError
-from serve.binding import check_binding
+from serve.binding import check_binding, check_tls, with_haproxy
 from serve.config import ServiceConfig
 from serve.loading import check
 
 IMPORT_PATH = "serve.app:build_app"
+HINT = (
+    "Hint: export RAY_SERVE_ENABLE_HA_PROXY=1 before Serve starts, and first tokens come sooner; "
+    "serve/README.md, `What HTTP adds`, says by how much, and what else it changes."
+)
 
 
 def check_file(path: Path) -> None:
@@ -48,6 +52,7 @@ def check_file(path: Path) -> None:
         fault = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in fault["loc"]) or "the file"
         raise ConfigError(f"{place}: {fault['msg']}") from error
+    check_tls(content["http_options"].get("ssl_keyfile"))
     for application in applications:
         if application["import_path"] == IMPORT_PATH:
             config = ServiceConfig.model_validate(application.get("args", {})).absolute()
@@ -73,6 +78,8 @@ def main() -> None:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
     print("ok")
+    if not with_haproxy():
+        print(HINT, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
+import grpc
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
@@ -130,7 +131,7 @@ class RayEngine:
                 return
             except Exception as error:  # Ray raises its own errors, the replica's and gRPC's: each must end the answer
                 done = True
-                if isinstance(error, RayActorError) and not started and attempt < ATTEMPTS:
+                if _lost(error) and not started and attempt < ATTEMPTS:
                     logger.warning("a replica died before it answered; asking another one: %s", type(error).__name__)
                     continue
                 yield Failed(self._fault(error))
@@ -144,7 +145,7 @@ class RayEngine:
             try:
                 answer = await getattr(self._handle, method).remote(*args)
             except Exception as error:  # as in generate
-                if isinstance(error, RayActorError) and attempt < ATTEMPTS:
+                if _lost(error) and attempt < ATTEMPTS:
                     continue
                 raise ApiException(self._fault(error)) from error
             self._heard = time.monotonic()
@@ -200,12 +201,19 @@ def ray_fault(error: Exception, who: str, retry_after_s: float) -> ApiError:
     """What Ray raises when ``who`` (``engine`` or ``documents``) cannot answer."""
     if isinstance(error, BackPressureError):
         return ApiError(503, "the service is at its limit; try again.", "overloaded", retry_after_s=retry_after_s)
-    if isinstance(error, RayActorError | DeploymentUnavailableError):
+    if _lost(error) or isinstance(error, DeploymentUnavailableError):
         logger.warning("no %s: %s", who, error)
         message = f"the {who} stopped answering; try again."
         return ApiError(503, message, f"{who}_unavailable", retry_after_s=retry_after_s)
     logger.error("the %s raised", who, exc_info=error)
     return api_error(error)
+
+
+def _lost(error: Exception) -> bool:
+    """Whether the replica is gone, or the way to it. Serve translates some of gRPC's errors; a replica raises none."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.ABORTED)
+    return isinstance(error, RayActorError)
 
 
 def _checked(answer: Any) -> Any:

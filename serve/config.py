@@ -70,6 +70,9 @@ class EngineSettings(_Settings):
     num_gpus: float = Field(default=0.0, ge=0)
     torch_threads: int | None = Field(default=None, ge=1, description="threads of torch; default: num_cpus, at least 1")
     max_running: int = Field(default=8, ge=1, description="requests that generate at the same time in one replica")
+    max_ahead: int = Field(
+        default=4, ge=0, description="further ones that it takes, to fetch their documents while they wait their turn"
+    )
     kv_bytes: int | None = Field(
         default=None,
         ge=2**20,
@@ -160,6 +163,9 @@ class ServiceConfig(_Settings):
         default=True, description="look at model and store before deploying; false where only replicas see them"
     )
     linker: str | None = Field(default=None, description="for requests that name none; default: the model's own")
+    fast_path: bool = Field(
+        default=True, description="gRPC and no extra threads between ingress and engine; false: as the cluster's Serve"
+    )
     sampling: SamplingDefaults = SamplingDefaults()
     tiers: TierConfig = TierConfig()
     engine: EngineSettings = EngineSettings()

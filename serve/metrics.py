@@ -20,7 +20,7 @@ class Metrics(Protocol):
     """Where a replica reports what happens."""
 
     def running(self, count: int) -> None:
-        """Requests in this replica now."""
+        """Requests in this replica now, whatever they wait for."""
         ...
 
     def first_token(self, linker: str, seconds: float) -> None:
@@ -52,7 +52,11 @@ class PrometheusMetrics:
     """``Metrics`` over Ray's exporter. Must be made inside a replica."""
 
     def __init__(self) -> None:
-        self._running = Gauge("kvlink_requests_running", description="Requests that generate now.")
+        self._running = Gauge("kvlink_requests_running", description="Requests that are computed now.")
+        self._in_replica = Gauge(
+            "kvlink_requests_in_replica",
+            description="Requests that this replica has: computed, waiting for their turn, fetching documents.",
+        )
         self._ttft = Histogram(
             "kvlink_time_to_first_token_seconds",
             description="From a request's arrival at the engine to its first token.",
@@ -86,7 +90,8 @@ class PrometheusMetrics:
         self._tiers = TierMetrics()
 
         self._waiting = Gauge(
-            "kvlink_engine_waiting_requests", description="Requests in the engine that wait for memory."
+            "kvlink_engine_waiting_requests",
+            description="Requests in the engine that wait for their turn, or for memory.",
         )
         self._kv_used = Gauge(
             "kvlink_kv_used_bytes", description="Keys and values in memory; idle: kept while nothing else needs it.",
@@ -99,8 +104,8 @@ class PrometheusMetrics:
         self._preemptions = 0
 
     def running(self, count: int) -> None:
-        """Requests in this replica now."""
-        self._running.set(count)
+        """Requests in this replica now, whatever they wait for."""
+        self._in_replica.set(count)
 
     def first_token(self, linker: str, seconds: float) -> None:
         """A request got its first token."""
@@ -135,6 +140,7 @@ class PrometheusMetrics:
 
     def engine(self, stats: EngineStats) -> None:
         """The engine made a step."""
+        self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._kv_used.set(stats.kv_used - stats.kv_idle, tags={"state": "active"})
         self._kv_used.set(stats.kv_idle, tags={"state": "idle"})

@@ -53,8 +53,9 @@ from serve.wire import (
 
 logger = logging.getLogger("ray.serve")
 
-#: Requests that are looked up and loaded at the same time: enough to hide what a store waits for.
-_LOADING_THREADS = 4
+#: Requests that are looked up and loaded at the same time. They mostly wait for the store; with this many, one whose
+#: documents are in memory seldom stands behind those whose are not.
+_LOADING_THREADS = 8
 
 
 class EngineServer:

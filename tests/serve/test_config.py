@@ -213,3 +213,27 @@ def test_serve_s_own_word_on_the_host_counts(monkeypatch: pytest.MonkeyPatch) ->
     assert binding.serve_host() == "127.0.0.1"
     monkeypatch.setattr(binding, "DEFAULT_HTTP_HOST", "0.0.0.0")
     assert binding.serve_host() == "0.0.0.0"
+
+
+def test_a_certificate_that_haproxy_would_not_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"host": "127.0.0.1", "ssl_keyfile": "/k.pem", "ssl_certfile": "/c.pem"}
+    path = edited(CONFIGS[-1], tmp_path, args={"check": False}, http_options=options)
+    monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
+    check_file(path)
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    with pytest.raises(StartupError, match="plain HTTP only") as caught:
+        check_file(path)
+    assert "\n" not in str(caught.value)
+    binding.check_tls(None)
+
+
+@pytest.mark.parametrize("haproxy", [False, True])
+def test_the_check_says_what_makes_first_tokens_faster(
+    haproxy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", str(int(haproxy)))
+    monkeypatch.setattr("sys.argv", ["serve.check", str(edited(CONFIGS[-1], tmp_path, args={"check": False}))])
+    main()
+    said = capsys.readouterr()
+    assert said.out == "ok\n"
+    assert ("RAY_SERVE_ENABLE_HA_PROXY=1" in said.err) is not haproxy

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -67,12 +69,13 @@ def test_a_store_of_another_model_is_one_line(store: Path, tiny_model_dir: Path)
     assert "bfloat16" in line
 
 
-def test_a_configuration_file_serves_on_loopback_alone_and_without_telemetry(
+def test_a_configuration_file_serves_on_loopback_alone_by_tls_and_without_telemetry(
     store: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
+    certificate, tls = self_signed(tmp_path)
     config = yaml.safe_load((ROOT / "serve/configs/local.yaml").read_text("utf-8"))
     (port,) = free_ports(1)
-    config["http_options"]["port"] = port
+    config["http_options"] |= {"port": port, **certificate}
     args = config["applications"][0]["args"]
     args |= {"store": str(store), "model": str(tiny_model_dir)}
     args["tiers"]["recompute"] = "never"  # a tiny model computes faster than anything can be read
@@ -89,17 +92,22 @@ def test_a_configuration_file_serves_on_loopback_alone_and_without_telemetry(
             start_new_session=True,
         )
     try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_healthy(url, process, log)
+        url = f"https://127.0.0.1:{port}" if certificate else f"http://127.0.0.1:{port}"
+        wait_until_healthy(url, process, log, tls)
         body = {
             "model": "tiny",
             "messages": [{"role": "user", "content": "Where is the mill?"}],
             "documents": [{"id": "a"}],
             "max_tokens": 4,
         }
-        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60, verify=tls).json()
         assert answer["kvlink"]["documents"][0]["origin"] == "store"
         assert listening_addresses(port) == {"127.0.0.1"}
+        if certificate:
+            with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+                httpx.get(f"{url}/healthz", timeout=60)
+            with pytest.raises(httpx.TransportError):
+                httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=60)
         dashboard = next(p for p in psutil.Process(process.pid).children() if "dashboard.py" in " ".join(p.cmdline()))
         assert dashboard.environ()["RAY_USAGE_STATS_ENABLED"] == "0"  # it is what would send them
     finally:
@@ -107,12 +115,26 @@ def test_a_configuration_file_serves_on_loopback_alone_and_without_telemetry(
     assert "Traceback" not in log.read_text("utf-8")
 
 
-def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def self_signed(folder: Path) -> tuple[dict[str, str], ssl.SSLContext]:
+    """Serve's options for a certificate as the README makes it, and who trusts it; none where there is no openssl."""
+    options = {"ssl_keyfile": str(folder / "key.pem"), "ssl_certfile": str(folder / "cert.pem")}
+    if shutil.which("openssl") is None:
+        return {}, ssl.create_default_context()
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+         "-keyout", options["ssl_keyfile"], "-out", options["ssl_certfile"]],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return options, ssl.create_default_context(cafile=options["ssl_certfile"])
+
+
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path, tls: ssl.SSLContext) -> None:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text("utf-8")
         try:
-            if httpx.get(f"{url}/healthz", timeout=10).status_code == 200:
+            if httpx.get(f"{url}/healthz", timeout=10, verify=tls).status_code == 200:
                 return
         except httpx.TransportError:
             pass

@@ -172,6 +172,7 @@ def test_metrics_are_exported_with_the_field_s_names(service: Service) -> None:
         "ray_kvlink_time_to_first_token_seconds_count": 1,
         "ray_kvlink_e2e_request_latency_seconds_count": 1,
         "ray_kvlink_requests_running": 0,
+        "ray_kvlink_requests_in_replica": 0,
         "ray_kvlink_tier_bytes": 1,
         "ray_kvlink_tier_capacity_bytes": 64 * 2**20,
         "ray_kvlink_tier_documents": 1,

@@ -10,7 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from running_service import CHAT, MAX_RUNNING, MAX_WAITING, QUESTION, Service
+from running_service import CHAT, MAX_RUNNING, MAX_WAITING, QUESTION, Service, add_document
+
+from kvlink_core.store import DocumentStore
 
 pytestmark = pytest.mark.ray
 
@@ -102,6 +104,25 @@ def test_too_many_requests_get_503_and_are_told_to_come_back(service: Service) -
         assert response.json()["error"]["code"] == "overloaded"
         assert int(response.headers["retry-after"]) >= 1
     assert httpx.get(service.url + "/healthz", timeout=60).status_code == 200
+
+
+def test_documents_are_fetched_for_a_request_that_waits_its_turn(service: Service) -> None:
+    store = DocumentStore.open(str(service.store), fingerprint=service.model.fingerprint)
+    add_document(service.model, store, "ahead", "The ferry to Arlen runs in summer only.")
+    with contextlib.ExitStack() as streams:
+        long = {"model": "tiny", "messages": QUESTION, "max_tokens": 1900, "stream": True}
+        for _ in range(MAX_RUNNING):
+            running = streams.enter_context(httpx.stream("POST", service.url + CHAT, json=long, timeout=60))
+            assert running.status_code == 200  # known from its first token on
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(service.ask, {"id": "ahead"}, max_tokens=1)
+            tiers, deadline = None, time.monotonic() + 30
+            while tiers != ["host", "store"]:
+                assert time.monotonic() < deadline, tiers
+                tiers = httpx.get(f"{service.url}/v1/documents/ahead", timeout=60).json().get("tiers")
+            assert not waiting.done()
+            streams.close()
+            assert waiting.result().status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
