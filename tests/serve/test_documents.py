@@ -227,7 +227,7 @@ async def ended(service: DocumentService, job: Job | ApiError) -> Job:
 def test_a_store_that_is_away_is_tried_again(
     tmp_path: Path, tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.documents._WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr("serve.job_queue._WAITS_S", (0.0,))
 
     async def work(service: DocumentService, engine: Encoders) -> None:
         away = ApiError(503, "away", "store_unavailable")
