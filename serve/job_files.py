@@ -122,7 +122,7 @@ class JobFiles:
         return None if state is None else state.view(job_id, running=True)
 
     def unfinished(self, fingerprint: str, codec: str) -> list[Unfinished]:
-        """Jobs of this model and codec that are not over, the oldest first; those of others are not ours to carry on."""
+        """Jobs of this model and codec that are not over, the oldest first; others are not ours to carry on."""
         found: list[Unfinished] = []
         for namespace, stem in self._stems(".texts.json"):
             texts = self._read(f"{_folder(namespace)}/{stem}.texts.json", JobTexts)
