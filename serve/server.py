@@ -97,7 +97,7 @@ class EngineServer:
 
     def takes_documents(self, model: LoadedModel, *, chunk_tokens: int, places: int) -> None:
         """From now on, documents can be added."""
-        self._adder = DocumentAdder(model, self._engine.call, chunk_tokens=chunk_tokens, places=places)
+        self._adder = DocumentAdder(model, self._engine, chunk_tokens=chunk_tokens, places=places)
 
     def close(self) -> None:
         """End the threads; requests that run are dropped."""
@@ -247,7 +247,8 @@ class EngineServer:
                 ("lookup", prepared.lookup_s),
                 ("load", prepared.load_s),
                 ("queue", handle.admitted - handle.submitted),
-                ("prefill", handle.first_token - handle.admitted),
+                ("link", prepared.link_s + handle.link_s),
+                ("prefill", handle.first_token - handle.admitted - handle.link_s),
             ),
             documents=tuple(DocumentReport(d.id, d.tokens, d.origin) for d in prepared.documents),
         )
