@@ -15,18 +15,15 @@ from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import copy_context
-from dataclasses import asdict
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
-from kvlink_core.engine import Encoded, Engine, SamplingParams, TokenLogprobs
+from kvlink_core.engine import Encoded, Engine
 from kvlink_core.errors import KVLinkError
 from kvlink_core.models import LoadedModel, load_model
-from kvlink_core.prompt import PromptLayout
-from kvlink_core.session import AnswerRequest, Prepared, Session
+from kvlink_core.session import Prepared, Session
 from kvlink_core.store.tiers import TIERS
-from kvlink_core.types import Document, DocumentRef, Message, check_document_id
 from serve import logs
 from serve.adding import DocumentAdder, no_store
 from serve.config import ServiceConfig
@@ -35,6 +32,7 @@ from serve.loading import engine_settings, model_card, open_namespaces
 from serve.metrics import Metrics, PrometheusMetrics
 from serve.namespaces import Namespaces, Opened
 from serve.tracing import NoTracer, Tracer, make_tracer
+from serve.translate import core_request, wire_logprob
 from serve.wire import (
     ApiError,
     DocumentReport,
@@ -46,7 +44,6 @@ from serve.wire import (
     NewDocument,
     Piece,
     Report,
-    WireDocument,
     WireLogprob,
     api_error,
 )
@@ -142,7 +139,7 @@ class EngineServer:
                     self._metrics.first_token(prepared.linker, ttft_s)
                     sent = False
                 held += event.text
-                likely += tuple(_logprob(session.model.layout, each) for each in event.logprobs)
+                likely += tuple(wire_logprob(session.model.layout, each) for each in event.logprobs)
                 if event.finish_reason is not None:
                     report = self._report(request, prepared, stream, ttft_s, time.monotonic() - arrived)
                     stream = None
@@ -195,7 +192,7 @@ class EngineServer:
     def _prepare(self, session: Session, request: EngineRequest) -> Prepared:
         """On a loading thread: everything but computing."""
         try:
-            prepared = session.prepare(self._core_request(request))
+            prepared = session.prepare(core_request(request, self._linker))
         finally:
             with self._counting:
                 before, now = self._counted.get(session, {}), session.counters.as_dict()
@@ -219,14 +216,6 @@ class EngineServer:
         session = self._sessions.get(encoded.namespace)
         if session is not None:
             self._loading.submit(session.keep, encoded.cache)
-
-    def _core_request(self, request: EngineRequest) -> AnswerRequest:
-        return AnswerRequest(
-            messages=[Message(m.role, m.content, [_core_document(d) for d in m.documents]) for m in request.messages],
-            documents=[_core_document(d) for d in request.documents],
-            linker=request.linker or self._linker,
-            sampling=SamplingParams(**asdict(request.sampling), logprobs=request.logprobs),
-        )
 
     def _report(
         self, request: EngineRequest, prepared: Prepared, stream: Stream, ttft_s: float, seconds: float
@@ -307,25 +296,6 @@ class EngineReplica(EngineServer):
         )
         if settings.store is not None:
             self.takes_documents(model, chunk_tokens=settings.engine.chunk_tokens, places=settings.engine.places)
-
-
-def _core_document(document: WireDocument) -> Document | DocumentRef:
-    if document.id is not None:
-        check_document_id(document.id)
-    if document.text is None:
-        assert document.id is not None, "the schema asks for an id or a text"
-        return DocumentRef(document.id)
-    return Document(document.id or "", document.text, document.title)
-
-
-def _logprob(layout: PromptLayout, found: TokenLogprobs) -> WireLogprob:
-    """Token ids as the text that each is alone; part of a character shows as U+FFFD."""
-
-    def named(token_id: int, logprob: float, top: tuple[WireLogprob, ...] = ()) -> WireLogprob:
-        text = layout.decode([token_id])
-        return WireLogprob(text, logprob, tuple(text.encode()), top)
-
-    return named(found.token_id, found.logprob, tuple(named(token_id, value) for token_id, value in found.top))
 
 
 def _log(event: str, level: int, request_id: str, **fields: object) -> None:
