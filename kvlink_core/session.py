@@ -66,7 +66,7 @@ class Prepared:
         linker: its name.
         documents: where they came from.
         cached_tokens: of the prompt, taken from caches.
-        lookup_s, load_s: seconds that it took.
+        lookup_s, load_s, link_s: seconds that it took; linking is laying out the prompt here, and the engine's else.
     """
 
     request: GenerationRequest
@@ -75,6 +75,7 @@ class Prepared:
     cached_tokens: int
     lookup_s: float
     load_s: float
+    link_s: float
 
 
 class Answer:
@@ -229,7 +230,9 @@ class Session:
         else:
             lengths = zip(lookup.ids, lookup.lengths, strict=True)
             resolved = [ResolvedDocument(i, n, None) for i, n in lengths]
-        prompt = self._prompt(frame, linker, self._resolver.fill_tokens(lookup))
+        tokens = self._resolver.fill_tokens(lookup)
+        loaded = time.perf_counter()
+        prompt = self._prompt(frame, linker, tokens)
         sampling = replace(request.sampling, max_tokens=max_tokens)
         return Prepared(
             GenerationRequest(prompt, linker, sampling, caches, namespace=self.namespace),
@@ -237,7 +240,8 @@ class Session:
             resolved,
             sum(r.tokens for r in resolved if r.hit),
             looked_up - started,
-            time.perf_counter() - looked_up,
+            loaded - looked_up,
+            time.perf_counter() - loaded,
         )
 
     def keep(self, cache: DocumentCache) -> None:

@@ -55,6 +55,13 @@ def run(recipe: Recipe, out: Path, *, workers: int, gpu: bool, resume: bool = Fa
     trainer.fit()
 
 
+def has_checkpoint(out: Path) -> bool:
+    """Whether an earlier run came as far as a checkpoint."""
+    from kvlink_core.training.recipes.run import CHECKPOINTS
+
+    return any((out / CHECKPOINTS).glob("checkpoint-*"))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the command line."""
     parser = argparse.ArgumentParser(prog="pipeline/train.py", description=__doc__.split("\n")[0])
@@ -63,6 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="processes, one GPU each with --gpu")
     parser.add_argument("--gpu", action="store_true", help="a GPU for each worker")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument(
+        "--retry", action="store_true", help="as --resume where there is a checkpoint; for a job that is tried again"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="instead of the recipe's; repeat"
     )
@@ -76,7 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 2
-        run(recipe, options.out, workers=options.workers, gpu=options.gpu, resume=options.resume)
+        resume = options.resume or (options.retry and has_checkpoint(options.out))
+        run(recipe, options.out, workers=options.workers, gpu=options.gpu, resume=resume)
     except KVLinkError as error:
         print(f"pipeline/train.py: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,7 @@
-"""Adding documents in a replica: cut, encode on the computing thread, write one shard, commit.
+"""Adding documents in a replica: cut, encode, write one shard, commit.
+
+They are encoded in the steps of requests, so that no answer waits for them; for a codec that prunes by what the model
+does while it reads, each of them whole, between two steps.
 
 The same ids as precompute gives: ``id#0`` and so on for chunks of what is too long, ``id@0`` and so on where the
 model's template names the place.
@@ -8,20 +11,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 from kvlink_core.chunking import chunk_document
-from kvlink_core.encode import DocumentEncoder
+from kvlink_core.encode import DocumentEncoder, Pruner
 from kvlink_core.errors import InputError, PromptTooLongError
 from kvlink_core.fingerprint import digest_of_tokens
 from kvlink_core.models import LoadedModel
 from kvlink_core.store import CatalogRow, DocumentStore
 from kvlink_core.template import id_at_place
 from kvlink_core.types import Document, DocumentCache, check_document_id
+from serve.engine_loop import EngineLoop
 from serve.wire import ApiError, ApiException, JobDocument, NewDocument, StoredPart, api_error
 
 logger = logging.getLogger("ray.serve")
@@ -39,16 +41,14 @@ class DocumentAdder:
 
     Args:
         model: encodes them.
-        submit: runs a step on the computing thread, between the steps of answers.
+        engine: encodes them.
         chunk_tokens: the longest document that is not cut.
         places: for how many places of a prompt to store, where the template names them.
     """
 
-    def __init__(
-        self, model: LoadedModel, submit: Callable[[Callable[[], Any]], Future[Any]], *, chunk_tokens: int, places: int
-    ) -> None:
+    def __init__(self, model: LoadedModel, engine: EngineLoop, *, chunk_tokens: int, places: int) -> None:
         self._model = model
-        self._submit = submit
+        self._engine = engine
         self._limit = min(chunk_tokens, model.context_length // 2)
         self._places = places if model.layout.template.by_place else None
 
@@ -61,11 +61,10 @@ class DocumentAdder:
         planned = await asyncio.to_thread(lambda: [self._plan(document) for document in documents])
         parts = [part for plan in planned if not isinstance(plan, ApiError) for part in plan]
         known = await asyncio.to_thread(self._known, store, parts)
-        encoder = DocumentEncoder(self._model, prune=store.pruning)
         caches: dict[str, DocumentCache | ApiError] = {}
         for part in parts:
             if part.digest not in known and part.digest not in caches:
-                caches[part.digest] = await self._encode(encoder, part)
+                caches[part.digest] = await self._encode(store.pruning, part)
         sound = {digest: cache for digest, cache in caches.items() if isinstance(cache, DocumentCache)}
         rows = await asyncio.to_thread(self._write, store, parts, known, sound)
         return tuple(_outcome(document, plan, rows, caches) for document, plan in zip(documents, planned, strict=True))
@@ -98,14 +97,16 @@ class DocumentAdder:
         store.refresh()
         return store.lookup_tokens(part.digest for part in parts)
 
-    async def _encode(self, encoder: DocumentEncoder, part: _Part) -> DocumentCache | ApiError:
+    async def _encode(self, pruning: Pruner | None, part: _Part) -> DocumentCache | ApiError:
         try:
-            (cache,) = await asyncio.wrap_future(self._submit(lambda: encoder.encode([part.token_ids])))
+            if pruning is None or pruning.reads == "cache":  # the store prunes what only looks at the cache
+                return await asyncio.wrap_future(self._engine.encode(part.token_ids))
+            encoder = DocumentEncoder(self._model, prune=pruning)
+            (cache,) = await asyncio.wrap_future(self._engine.call(lambda: encoder.encode([part.token_ids])))
+            return cache
         except Exception as error:  # out of memory, say: this document's fault, not the others'
             logger.error("cannot encode document %r", part.id, exc_info=error)
             return api_error(error)
-        assert isinstance(cache, DocumentCache)
-        return cache
 
     def _write(
         self,

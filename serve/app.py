@@ -116,6 +116,7 @@ class DocumentsReplica(DocumentService):
             settings.documents,
             codec=codec_spec(get_codec(settings.codec)),
         )
+        self.start()
 
 
 def _ingress_builder(config: ServiceConfig) -> Callable[[], FastAPI]:

@@ -158,7 +158,10 @@ class RayEngine:
 
 
 class RayDocuments:
-    """The documents deployment behind a Serve deployment handle. What was asked of one that died is not asked again."""
+    """The documents deployment behind a Serve deployment handle.
+
+    A question is asked again of the one that follows one that died, a change is not: it may have been made.
+    """
 
     def __init__(self, handle: Any, *, retry_after_s: float) -> None:
         self._handle = handle
@@ -171,23 +174,32 @@ class RayDocuments:
 
     async def job(self, namespace: str, job_id: str) -> Job:
         """How far a job is."""
-        job: Job = await self._ask("job", namespace, job_id)
+        job: Job = await self._ask_again("job", namespace, job_id)
         return job
 
     async def page(self, namespace: str, *, after: str, prefix: str, limit: int) -> DocumentPage:
         """Documents sorted by id."""
-        page: DocumentPage = await self._ask("page", namespace, after=after, prefix=prefix, limit=limit)
+        page: DocumentPage = await self._ask_again("page", namespace, after=after, prefix=prefix, limit=limit)
         return page
 
     async def find(self, namespace: str, document_id: str) -> DocumentEntry:
         """One document."""
-        entry: DocumentEntry = await self._ask("find", namespace, document_id)
+        entry: DocumentEntry = await self._ask_again("find", namespace, document_id)
         return entry
 
     async def delete(self, namespace: str, document_id: str) -> DocumentEntry:
         """Drop a document; returns what it was."""
         entry: DocumentEntry = await self._ask("delete", namespace, document_id)
         return entry
+
+    async def _ask_again(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return await self._ask(method, *args, **kwargs)
+            except ApiException as error:
+                if not isinstance(error.__cause__, RayActorError):
+                    raise
+        return await self._ask(method, *args, **kwargs)
 
     async def _ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
         try:

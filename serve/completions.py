@@ -4,28 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    JsonValue,
-    Tag,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
 
 from serve.config import SamplingDefaults
 from serve.fields import (
-    Body,
+    AskBody,
     DocumentParam,
-    Stop,
-    StreamOptions,
     Text,
     check_documents,
-    check_off,
     one_or_many,
     only_off,
     refused,
@@ -33,7 +19,7 @@ from serve.fields import (
 )
 from serve.replies import FinishReason, KVLinkOut, Usage, extension_of, sse, system_fingerprint, usage_of
 from serve.settings import IngressSettings
-from serve.wire import PROMPT_ROLE, EngineRequest, ModelCard, Piece, Report, WireLogprob, WireMessage, WireSampling
+from serve.wire import PROMPT_ROLE, EngineRequest, ModelCard, Piece, Report, WireLogprob, WireMessage
 
 #: Not supported, and the values that ask for nothing. ``None`` always does.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -47,12 +33,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-class CompletionRequest(Body):
+class CompletionRequest(AskBody):
     """The body of ``POST /v1/completions``."""
 
     model_config = ConfigDict(json_schema_extra=only_off(NEUTRAL))
 
-    model: Text = Field(min_length=1)
+    NEUTRAL = NEUTRAL
+
     prompt: Annotated[
         Annotated[Text, Tag("(one)")] | Annotated[list[Text], Field(min_length=1, max_length=1), Tag("(many)")],
         Discriminator(
@@ -62,40 +49,12 @@ class CompletionRequest(Body):
         ),
     ]
     documents: list[DocumentParam] | None = Field(default=None, description="Documents that stand before the prompt.")
-    linker: Text | None = Field(default=None, description="How cached documents are linked; default: the service's.")
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0, le=2**31 - 1, description="0: all tokens.")
-    max_tokens: int | None = Field(default=None, ge=1)
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
-    stop: Stop | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     logprobs: int | None = Field(default=None, ge=0, le=5)
-
-    # Accepted; nothing here depends on it.
-    user: str | None = None
 
     # Refused unless off: see NEUTRAL.
     best_of: JsonValue = None
     echo: JsonValue = None
-    frequency_penalty: JsonValue = None
-    logit_bias: JsonValue = None
-    n: JsonValue = None
-    presence_penalty: JsonValue = None
     suffix: JsonValue = None
-
-    @field_validator(*NEUTRAL)
-    @classmethod
-    def _off(cls, value: JsonValue, info: ValidationInfo) -> JsonValue:
-        assert info.field_name is not None
-        return check_off(value, NEUTRAL[info.field_name])
-
-    @model_validator(mode="after")
-    def _agree(self) -> CompletionRequest:
-        if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("invalid_value", "stream_options needs stream to be true")
-        return self
 
 
 def completion_request(
@@ -116,23 +75,12 @@ def completion_request(
     prompt = body.prompt if isinstance(body.prompt, str) else body.prompt[0]
     if not prompt.strip():
         raise refused("the prompt has no text.", "prompt", "empty_question")
-    max_tokens = body.max_tokens or defaults.max_tokens
-    if max_tokens > limits.max_tokens:
-        raise refused(f"max_tokens is {max_tokens}, and at most {limits.max_tokens} is allowed.", "max_tokens")
-    stop = body.stop or ()
     return EngineRequest(
         request_id=request_id,
         messages=(WireMessage(PROMPT_ROLE, prompt),),
         documents=wire_documents(body.documents),
         linker=body.linker,
-        sampling=WireSampling(
-            temperature=defaults.temperature if body.temperature is None else body.temperature,
-            top_p=defaults.top_p if body.top_p is None else body.top_p,
-            top_k=defaults.top_k if body.top_k is None else body.top_k,
-            seed=body.seed,
-            max_tokens=max_tokens,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        ),
+        sampling=body.sampling(limits, defaults),
         stream=bool(body.stream),
         namespace=namespace,
         logprobs=body.logprobs,

@@ -1,24 +1,24 @@
 """The documents deployment: jobs that store documents, and what is stored of a namespace.
 
-One replica, so that a job is known whichever ingress asks, and so that what is done to one document is done in order.
-It holds no model: a replica of the engine encodes and writes. It remembers jobs in memory: once it was replaced they
-are unknown, and what was not stored must be sent again.
+One replica, so that what is done to one document is done in order. It holds no model: a replica of the engine encodes
+and writes. Jobs are kept in the store (``job_files``): whoever comes after a replica that died carries them on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from kvlink_core.chunking import CHUNK_SEPARATOR
 from kvlink_core.errors import UnknownDocumentError
 from kvlink_core.store.lifecycle import Scope, StoreKeeper, delete
+from serve.job_files import JobFiles
+from serve.job_queue import JobQueue
 from serve.listing import Listing
 from serve.settings import DocumentSettings
 from serve.wire import (
@@ -37,12 +37,11 @@ logger = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
 
-#: What is encoded between two answers of a replica, and committed together.
-_BATCH_DOCUMENTS = 16
-_BATCH_BYTES = 2**20
+#: How long to wait before the store is asked again for the jobs of before.
+_WAIT_S = 5.0
 
-#: How long to wait before what failed because something was away is tried again.
-_WAITS_S = (1.0, 2.0, 4.0, 8.0)
+#: When a deployment that was replaced is certainly gone.
+_DRAINED_S = 60.0
 
 
 class Encoders(Protocol):
@@ -61,37 +60,10 @@ class Encoders(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
-    id: str
-    namespace: str
-    created_at: float
-    waiting: deque[NewDocument]
-    documents: dict[str, JobDocument]
-    finished_at: float | None = None
-    running: bool = False
-
-    @property
-    def view(self) -> Job:
-        if self.finished_at is None:
-            status = "running" if self.running else "queued"
-        else:
-            status = "failed" if any(d.status == "failed" for d in self.documents.values()) else "done"
-        ended = None if self.finished_at is None else int(self.finished_at)
-        return Job(self.id, status, int(self.created_at), ended, tuple(self.documents.values()))  # type: ignore[arg-type]
-
-
 @dataclass(slots=True)
 class _Known:
     version: int
     listing: Listing
-
-
-@dataclass(slots=True)
-class _Queue:
-    jobs: OrderedDict[str, _Job] = field(default_factory=OrderedDict)  # all that are remembered, the oldest first
-    waiting: deque[_Job] = field(default_factory=deque)
-    nbytes: int = 0
 
 
 class DocumentService:
@@ -123,37 +95,76 @@ class DocumentService:
         self._keeping = asyncio.Lock()  # a keeper is for one thread at a time
         self._changing = asyncio.Lock()  # what changes a document is done in order
         self._known: OrderedDict[str, _Known] = OrderedDict()
-        self._queue = _Queue()
-        self._worker: asyncio.Task[None] | None = None
+        self._opening = asyncio.Lock()
+        self._queue: JobQueue | None = None
+        self._starting: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Carry on the jobs of before, as soon as engine and store answer. Needs an event loop that runs."""
+        self._starting = asyncio.create_task(self._start())
+
+    async def _start(self) -> None:
+        # Once more when one that is being replaced has had the time to finish its requests: it may have taken a job.
+        for wait in (0.0, _DRAINED_S):
+            await asyncio.sleep(wait)
+            while not await self._resume():
+                await asyncio.sleep(_WAIT_S)
+
+    async def _resume(self) -> bool:
+        try:
+            await (await self._jobs()).resume()
+        except Exception as error:  # whoever adds a document is told
+            logger.warning("the jobs of before cannot be carried on yet", exc_info=error)
+            return False
+        return True
+
+    async def _jobs(self) -> JobQueue:
+        """The queue, with the jobs of before in it. Raises ``ApiException`` or ``StoreError``."""
+        async with self._opening:
+            if self._queue is None:
+                card = await self._engine.card()
+                queue = JobQueue(
+                    await self._files(),
+                    fingerprint=card.fingerprint,
+                    codec=self._codec,
+                    store=self._store,
+                    changing=self._changing,
+                    settings=self._settings,
+                    retry_after_s=self._retry_after_s,
+                )
+                await queue.resume()
+                self._queue = queue
+            return self._queue
+
+    async def _files(self) -> JobFiles:
+        return JobFiles(await self._with_keeper(lambda keeper: keeper.storage))
 
     async def add(self, namespace: str, documents: Sequence[NewDocument]) -> Job | ApiError:
-        """Queue documents to be stored; returns the job at once."""
-        nbytes = sum(_size(d) for d in documents)
-        if self._queue.nbytes + nbytes > self._settings.max_pending_bytes:
-            message = "too many documents wait to be stored; try again."
-            return ApiError(503, message, "overloaded", retry_after_s=self._retry_after_s)
-        queued = {d.id: JobDocument(d.id, "queued") for d in documents}
-        job = _Job(f"job_{secrets.token_hex(16)}", namespace, time.time(), deque(documents), queued)
-        self._queue.jobs[job.id] = job
-        self._queue.waiting.append(job)
-        self._queue.nbytes += nbytes
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work())
-        return job.view
+        """Keep documents to be stored; returns the job once the store has it."""
+        try:
+            return await (await self._jobs()).add(namespace, documents)
+        except Exception as error:  # it would reach the client as Ray's traceback
+            return _fault("keep a job", error)
 
     async def job(self, namespace: str, job_id: str) -> Job | ApiError:
         """A job of this namespace; another's is not there."""
-        job = self._queue.jobs.get(job_id)
-        if job is None or job.namespace != namespace:
-            message = f"no such job: {job_id[:80]!r}; finished ones are forgotten after a while."
-            return ApiError(404, message, "job_not_found")
-        return job.view
+        try:
+            # Files answer where there is no engine yet that could carry them on.
+            queue = self._queue
+            found = (await queue.find(namespace, job_id)) if queue else await self._find_file(namespace, job_id)
+        except Exception as error:  # as in add
+            return _fault("find a job", error)
+        message = f"no such job: {job_id[:80]!r}; finished ones are forgotten after a while."
+        return ApiError(404, message, "job_not_found") if found is None else found
+
+    async def _find_file(self, namespace: str, job_id: str) -> Job | None:
+        return await asyncio.to_thread((await self._files()).find, namespace, job_id)
 
     async def page(self, namespace: str, *, after: str, prefix: str, limit: int) -> DocumentPage | ApiError:
         """Some documents of a namespace, sorted by id."""
         try:
             return (await self._listing(namespace)).page(after=after, prefix=prefix, limit=limit)
-        except Exception as error:  # it would reach the client as Ray's traceback
+        except Exception as error:  # as in add
             return _fault("list documents", error)
 
     async def find(self, namespace: str, document_id: str) -> DocumentEntry | ApiError:
@@ -163,7 +174,7 @@ class DocumentService:
             if found is None:
                 return _unknown(document_id)
             return replace(found, tiers=await self._tiers(namespace, found))
-        except Exception as error:  # as in page
+        except Exception as error:  # as in add
             return _fault("find a document", error)
 
     async def _tiers(self, namespace: str, found: DocumentEntry) -> tuple[str, ...] | None:
@@ -177,8 +188,9 @@ class DocumentService:
     async def delete(self, namespace: str, document_id: str) -> DocumentEntry | ApiError:
         """Take a document and its parts out of the catalog; returns what it was."""
         try:
+            queue = await self._jobs()
             async with self._changing:
-                dropped = self._withdraw(namespace, document_id)
+                dropped = await queue.withdraw(namespace, document_id)
                 listing = await self._listing(namespace)
                 found = listing.find(document_id)
                 if found is None:
@@ -186,60 +198,16 @@ class DocumentService:
                     return entry if dropped else _unknown(document_id)
                 await self._delete(namespace, listing.stored_ids(document_id))
                 return found
-        except Exception as error:  # as in page
+        except Exception as error:  # as in add
             return _fault("delete a document", error)
 
-    def _withdraw(self, namespace: str, document_id: str) -> bool:
-        """Take a document out of the jobs that wait: what was deleted must not come back."""
-        dropped = False
-        for job in self._queue.waiting:
-            if job.namespace == namespace:
-                kept = deque(d for d in job.waiting if d.id != document_id)
-                if len(kept) < len(job.waiting):
-                    self._queue.nbytes -= sum(_size(d) for d in job.waiting if d.id == document_id)
-                    job.waiting = kept
-                    deleted = ApiError(409, "the document was deleted before it was stored.", "document_deleted")
-                    job.documents[document_id] = JobDocument(document_id, "failed", error=deleted)
-                    dropped = True
-        return dropped
-
-    async def _work(self) -> None:
-        """Store what waits, job after job."""
-        while self._queue.waiting:
-            job = self._queue.waiting[0]
-            job.running = True
-            while job.waiting:
-                async with self._changing:
-                    batch = _next_batch(job.waiting)
-                    if batch:
-                        await self._store(job, batch)
-                        self._queue.nbytes -= sum(_size(d) for d in batch)
-            job.finished_at = time.time()
-            self._queue.waiting.popleft()
-            self._forget()
-
-    async def _store(self, job: _Job, batch: Sequence[NewDocument]) -> None:
-        for document in batch:
-            job.documents[document.id] = JobDocument(document.id, "running")
+    async def _store(self, namespace: str, batch: Sequence[NewDocument]) -> tuple[JobDocument, ...]:
+        results = await self._engine.add_documents(namespace, batch)
         try:
-            results = await self._persistently(job.namespace, batch)
-        except ApiException as error:
-            results = tuple(JobDocument(d.id, "failed", error=error.error) for d in batch)
-        job.documents |= {result.id: result for result in results}
-        try:
-            await self._drop_remains(job.namespace, [r for r in results if r.status == "done"])
+            await self._drop_remains(namespace, [r for r in results if r.status == "done"])
         except Exception as error:  # it is stored; what is left of an earlier version does no harm to it
-            logger.warning("job %s: parts of earlier versions are left", job.id, exc_info=error)
-
-    async def _persistently(self, namespace: str, batch: Sequence[NewDocument]) -> tuple[JobDocument, ...]:
-        for wait in (*_WAITS_S, None):
-            try:
-                return await self._engine.add_documents(namespace, batch)
-            except ApiException as error:
-                if error.error.status != 503 or wait is None:
-                    raise
-                await asyncio.sleep(wait)
-        raise AssertionError("the last attempt returns or raises")
+            logger.warning("parts of earlier versions are left", exc_info=error)
+        return results
 
     async def _drop_remains(self, namespace: str, stored: Sequence[JobDocument]) -> None:
         """Chunks that an earlier, longer version of a document had and this one has not."""
@@ -251,12 +219,6 @@ class DocumentService:
         ]
         if remains:
             await self._delete(namespace, remains)
-
-    def _forget(self) -> None:
-        """Forget the oldest finished jobs beyond the number that is remembered."""
-        jobs = self._queue.jobs
-        while len(jobs) - len(self._queue.waiting) > self._settings.max_jobs:
-            jobs.popitem(last=False)
 
     async def _delete(self, namespace: str, stored_ids: Sequence[str]) -> None:
         scope = await self._scope(namespace)
@@ -292,19 +254,6 @@ class DocumentService:
 
         async with self._keeping:
             return await asyncio.to_thread(run)
-
-
-def _next_batch(waiting: deque[NewDocument]) -> list[NewDocument]:
-    batch: list[NewDocument] = []
-    size = 0
-    while waiting and len(batch) < _BATCH_DOCUMENTS and (not batch or size + _size(waiting[0]) <= _BATCH_BYTES):
-        batch.append(waiting.popleft())
-        size += _size(batch[-1])
-    return batch
-
-
-def _size(document: NewDocument) -> int:
-    return len(document.text.encode()) + len((document.title or "").encode()) + len(document.id.encode())
 
 
 def _unknown(document_id: str) -> ApiError:

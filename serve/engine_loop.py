@@ -11,13 +11,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextvars import copy_context
 from typing import Protocol, TypeVar
 
 from kvlink_core.engine import (
     Encoded,
+    Encoding,
     EngineEvent,
     EngineStats,
     Failed,
@@ -26,6 +27,7 @@ from kvlink_core.engine import (
     Handle,
     TokenEvent,
 )
+from kvlink_core.types import DocumentCache
 
 logger = logging.getLogger("ray.serve")
 
@@ -47,6 +49,10 @@ class Steps(Protocol):
 
     def submit(self, request: GenerationRequest) -> Handle:
         """Queue a request."""
+        ...
+
+    def encode(self, token_ids: Sequence[int]) -> Encoding:
+        """Queue a document to be encoded."""
         ...
 
     def cancel(self, handle: Handle) -> None:
@@ -109,6 +115,7 @@ class EngineLoop:
         self._on_step = on_step
         self._on_encoded = on_encoded
         self._streams: dict[int, Stream] = {}
+        self._encodings: dict[int, Future[DocumentCache]] = {}
         self._commands: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -126,6 +133,12 @@ class EngineLoop:
         """Nobody wants the rest of an answer: what it holds is free before the next step."""
         stream.left = True
         self._tell(lambda: self._cancel(stream))
+
+    def encode(self, token_ids: Sequence[int]) -> Future[DocumentCache]:
+        """Encode a document in the steps of requests: none of them waits for it."""
+        future: Future[DocumentCache] = Future()
+        self._tell(lambda: self._encode(token_ids, future))
+        return future
 
     def call(self, work: Callable[[], T]) -> Future[T]:
         """Do something else that computes, between two steps."""
@@ -183,6 +196,9 @@ class EngineLoop:
             events = self._engine.step()
         except Exception as error:  # of all that run, nobody knows whose fault it was
             logger.exception("an engine step failed")
+            for future in self._encodings.values():
+                _settle(future, error)
+            self._encodings.clear()
             streams = [self._streams.pop(id(handle), None) for handle in self._engine.cancel_all()]
             return [(stream, error) for stream in streams if stream is not None]
         delivered: list[tuple[Stream, TokenEvent | Exception]] = []
@@ -193,6 +209,8 @@ class EngineLoop:
                     del self._streams[id(event.handle)]
             elif isinstance(event, Failed):
                 delivered.append((self._streams.pop(id(event.handle)), event.error))
+            elif event.encoding is not None:
+                _settle(self._encodings.pop(id(event.encoding)), event.cache)
             else:
                 self._on_encoded(event)
         return delivered
@@ -206,6 +224,16 @@ class EngineLoop:
             self._deliver([(stream, error)])
         else:
             self._streams[id(stream.handle)] = stream
+
+    def _encode(self, token_ids: Sequence[int], future: Future[DocumentCache]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            encoding = self._engine.encode(token_ids)
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            self._encodings[id(encoding)] = future
 
     def _cancel(self, stream: Stream) -> None:
         if stream.handle is not None:
@@ -221,6 +249,13 @@ class EngineLoop:
             except RuntimeError:  # that loop is closed: nobody listens any more
                 for stream, _ in mine:
                     self._cancel(stream)
+
+
+def _settle(future: Future[DocumentCache], outcome: DocumentCache | Exception) -> None:
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
 
 
 def _put_all(events: list[tuple[Stream, TokenEvent | Exception]]) -> None:

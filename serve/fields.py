@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -13,12 +13,15 @@ from pydantic import (
     Field,
     JsonValue,
     Tag,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from serve.wire import ApiError, ApiException, WireDocument
+from serve.config import SamplingDefaults
+from serve.settings import IngressSettings
+from serve.wire import ApiError, ApiException, WireDocument, WireSampling
 
 #: Names of union branches; they stand in the location of an error and mean nothing to a client.
 BRANCHES = frozenset({"(one)", "(many)"})
@@ -117,6 +120,65 @@ def only_off(neutral: dict[str, tuple[Any, ...]]) -> Callable[[dict[str, Any]], 
             schema["properties"][name] = {"enum": [*values, None], "description": "Not supported: leave it out."}
 
     return change
+
+
+class AskBody(Body):
+    """What both kinds of completions take. ``NEUTRAL``: not supported, and the values that ask for nothing."""
+
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    model: Text = Field(min_length=1)
+    linker: Text | None = Field(default=None, description="How cached documents are linked; default: the service's.")
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, le=2**31 - 1, description="0: all tokens.")
+    max_tokens: int | None = Field(default=None, ge=1)
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    stop: Stop | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    # Accepted; nothing here depends on it.
+    user: str | None = None
+
+    # Refused unless off: see NEUTRAL.
+    frequency_penalty: JsonValue = None
+    logit_bias: JsonValue = None
+    n: JsonValue = None
+    presence_penalty: JsonValue = None
+
+    @field_validator("*")
+    @classmethod
+    def _off(cls, value: Any, info: ValidationInfo) -> Any:
+        neutral = cls.NEUTRAL.get(info.field_name or "")
+        return value if neutral is None else check_off(value, neutral)
+
+    @model_validator(mode="after")
+    def _streams(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("invalid_value", "stream_options needs stream to be true")
+        return self
+
+    def sampling(
+        self, limits: IngressSettings, defaults: SamplingDefaults, *, most: int | None = None, name: str = "max_tokens"
+    ) -> WireSampling:
+        """Sampling parameters, defaults filled in; ``most`` is what the body calls ``name`` in place of ``max_tokens``.
+
+        Raises:
+            ApiException: a longer answer than allowed.
+        """
+        max_tokens = most or self.max_tokens or defaults.max_tokens
+        if max_tokens > limits.max_tokens:
+            raise refused(f"{name} is {max_tokens}, and at most {limits.max_tokens} is allowed.", name)
+        stop = self.stop or ()
+        return WireSampling(
+            temperature=defaults.temperature if self.temperature is None else self.temperature,
+            top_p=defaults.top_p if self.top_p is None else self.top_p,
+            top_k=defaults.top_k if self.top_k is None else self.top_k,
+            seed=self.seed,
+            max_tokens=max_tokens,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        )
 
 
 def parameter_name(location: tuple[int | str, ...]) -> str | None:

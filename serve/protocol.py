@@ -15,14 +15,12 @@ from pydantic_core import PydanticCustomError
 
 from serve.config import SamplingDefaults
 from serve.fields import (
+    AskBody,
     Body,
     DocumentParam,
-    Stop,
-    StreamOptions,
     Text,
     TextPart,
     check_documents,
-    check_off,
     one_or_many,
     only_off,
     parameter_name,
@@ -31,7 +29,7 @@ from serve.fields import (
     wire_documents,
 )
 from serve.settings import IngressSettings
-from serve.wire import DEFAULT_NAMESPACE, EngineRequest, WireMessage, WireSampling
+from serve.wire import DEFAULT_NAMESPACE, EngineRequest, WireMessage
 
 __all__ = ["NEUTRAL", "ChatCompletionRequest", "engine_request", "parameter_name", "validation_error"]
 
@@ -95,33 +93,24 @@ class ChatMessage(Body):
         return "\n".join(part.text for part in self.content)
 
 
-class ChatCompletionRequest(Body):
+class ChatCompletionRequest(AskBody):
     """The body of ``POST /v1/chat/completions``."""
 
     model_config = ConfigDict(json_schema_extra=only_off(NEUTRAL))
 
-    model: Text = Field(min_length=1)
+    NEUTRAL = NEUTRAL
+
     messages: list[ChatMessage] = Field(min_length=1)
     documents: list[DocumentParam] | None = Field(
         default=None,
         description="Documents to answer from, in this order, where the model's layout puts them; cached ones cost "
         "next to nothing.",
     )
-    linker: Text | None = Field(default=None, description="How cached documents are linked; default: the service's.")
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0, le=2**31 - 1, description="0: all tokens.")
-    max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
-    stop: Stop | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
 
     # Accepted; nothing here depends on them.
-    user: str | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -129,15 +118,11 @@ class ChatCompletionRequest(Body):
 
     # Refused unless off: see NEUTRAL.
     audio: JsonValue = None
-    frequency_penalty: JsonValue = None
     function_call: JsonValue = None
     functions: JsonValue = None
-    logit_bias: JsonValue = None
     modalities: JsonValue = None
-    n: JsonValue = None
     parallel_tool_calls: JsonValue = None
     prediction: JsonValue = None
-    presence_penalty: JsonValue = None
     reasoning_effort: JsonValue = None
     response_format: JsonValue = None
     service_tier: JsonValue = None
@@ -147,19 +132,11 @@ class ChatCompletionRequest(Body):
     verbosity: JsonValue = None
     web_search_options: JsonValue = None
 
-    @field_validator(*NEUTRAL)
-    @classmethod
-    def _off(cls, value: JsonValue, info: ValidationInfo) -> JsonValue:
-        assert info.field_name is not None
-        return check_off(value, NEUTRAL[info.field_name])
-
     @model_validator(mode="after")
     def _agree(self) -> Self:
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise PydanticCustomError("invalid_value", "max_tokens and max_completion_tokens differ; send one of them")
-        if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("invalid_value", "stream_options needs stream to be true")
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("invalid_value", "top_logprobs needs logprobs to be true")
         return self
@@ -185,11 +162,7 @@ def engine_request(
         raise refused(f"{len(body.messages)} messages, and at most {limits.max_messages} are allowed.", "messages")
     if not body.messages[-1].text.strip():
         raise refused("the last message has no text; ask something.", "messages", "empty_question")
-    max_tokens = body.max_completion_tokens or body.max_tokens or defaults.max_tokens
-    if max_tokens > limits.max_tokens:
-        name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-        raise refused(f"{name} is {max_tokens}, and at most {limits.max_tokens} is allowed.", name)
-    stop = body.stop or ()
+    name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
     return EngineRequest(
         request_id=request_id,
         messages=tuple(
@@ -198,14 +171,7 @@ def engine_request(
         ),
         documents=wire_documents(body.documents),
         linker=body.linker,
-        sampling=WireSampling(
-            temperature=defaults.temperature if body.temperature is None else body.temperature,
-            top_p=defaults.top_p if body.top_p is None else body.top_p,
-            top_k=defaults.top_k if body.top_k is None else body.top_k,
-            seed=body.seed,
-            max_tokens=max_tokens,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        ),
+        sampling=body.sampling(limits, defaults, most=body.max_completion_tokens, name=name),
         stream=bool(body.stream),
         namespace=namespace,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,

@@ -15,18 +15,15 @@ from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import copy_context
-from dataclasses import asdict
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
-from kvlink_core.engine import Encoded, Engine, SamplingParams, TokenLogprobs
+from kvlink_core.engine import Encoded, Engine
 from kvlink_core.errors import KVLinkError
 from kvlink_core.models import LoadedModel, load_model
-from kvlink_core.prompt import PromptLayout
-from kvlink_core.session import AnswerRequest, Prepared, Session
+from kvlink_core.session import Prepared, Session
 from kvlink_core.store.tiers import TIERS
-from kvlink_core.types import Document, DocumentRef, Message, check_document_id
 from serve import logs
 from serve.adding import DocumentAdder, no_store
 from serve.config import ServiceConfig
@@ -35,6 +32,7 @@ from serve.loading import engine_settings, model_card, open_namespaces
 from serve.metrics import Metrics, PrometheusMetrics
 from serve.namespaces import Namespaces, Opened
 from serve.tracing import NoTracer, Tracer, make_tracer
+from serve.translate import core_request, wire_logprob
 from serve.wire import (
     ApiError,
     DocumentReport,
@@ -46,7 +44,6 @@ from serve.wire import (
     NewDocument,
     Piece,
     Report,
-    WireDocument,
     WireLogprob,
     api_error,
 )
@@ -98,7 +95,7 @@ class EngineServer:
 
     def takes_documents(self, model: LoadedModel, *, chunk_tokens: int, places: int) -> None:
         """From now on, documents can be added."""
-        self._adder = DocumentAdder(model, self._engine.call, chunk_tokens=chunk_tokens, places=places)
+        self._adder = DocumentAdder(model, self._engine, chunk_tokens=chunk_tokens, places=places)
 
     def close(self) -> None:
         """End the threads; requests that run are dropped."""
@@ -143,7 +140,7 @@ class EngineServer:
                     self._metrics.first_token(prepared.linker, ttft_s)
                     sent = False
                 held += event.text
-                likely += tuple(_logprob(session.model.layout, each) for each in event.logprobs)
+                likely += tuple(wire_logprob(session.model.layout, each) for each in event.logprobs)
                 if event.finish_reason is not None:
                     report = self._report(request, prepared, stream, ttft_s, time.monotonic() - arrived)
                     stream = None
@@ -196,7 +193,7 @@ class EngineServer:
     def _prepare(self, session: Session, request: EngineRequest) -> Prepared:
         """On a loading thread: everything but computing."""
         try:
-            prepared = session.prepare(self._core_request(request))
+            prepared = session.prepare(core_request(request, self._linker))
         finally:
             with self._counting:
                 before, now = self._counted.get(session, {}), session.counters.as_dict()
@@ -221,14 +218,6 @@ class EngineServer:
         if session is not None:
             self._loading.submit(session.keep, encoded.cache)
 
-    def _core_request(self, request: EngineRequest) -> AnswerRequest:
-        return AnswerRequest(
-            messages=[Message(m.role, m.content, [_core_document(d) for d in m.documents]) for m in request.messages],
-            documents=[_core_document(d) for d in request.documents],
-            linker=request.linker or self._linker,
-            sampling=SamplingParams(**asdict(request.sampling), logprobs=request.logprobs),
-        )
-
     def _report(
         self, request: EngineRequest, prepared: Prepared, stream: Stream, ttft_s: float, seconds: float
     ) -> Report:
@@ -248,7 +237,8 @@ class EngineServer:
                 ("lookup", prepared.lookup_s),
                 ("load", prepared.load_s),
                 ("queue", handle.admitted - handle.submitted),
-                ("prefill", handle.first_token - handle.admitted),
+                ("link", prepared.link_s + handle.link_s),
+                ("prefill", handle.first_token - handle.admitted - handle.link_s),
             ),
             documents=tuple(DocumentReport(d.id, d.tokens, d.origin) for d in prepared.documents),
         )
@@ -307,25 +297,6 @@ class EngineReplica(EngineServer):
         )
         if settings.store is not None:
             self.takes_documents(model, chunk_tokens=settings.engine.chunk_tokens, places=settings.engine.places)
-
-
-def _core_document(document: WireDocument) -> Document | DocumentRef:
-    if document.id is not None:
-        check_document_id(document.id)
-    if document.text is None:
-        assert document.id is not None, "the schema asks for an id or a text"
-        return DocumentRef(document.id)
-    return Document(document.id or "", document.text, document.title)
-
-
-def _logprob(layout: PromptLayout, found: TokenLogprobs) -> WireLogprob:
-    """Token ids as the text that each is alone; part of a character shows as U+FFFD."""
-
-    def named(token_id: int, logprob: float, top: tuple[WireLogprob, ...] = ()) -> WireLogprob:
-        text = layout.decode([token_id])
-        return WireLogprob(text, logprob, tuple(text.encode()), top)
-
-    return named(found.token_id, found.logprob, tuple(named(token_id, value) for token_id, value in found.top))
 
 
 def _log(event: str, level: int, request_id: str, **fields: object) -> None:

@@ -47,7 +47,11 @@ class DocumentSettings(Settings):
     max_pending_bytes: int = Field(
         default=256 * 2**20, ge=1024, description="UTF-8 of all texts that wait to be stored; more get 503"
     )
-    max_jobs: int = Field(default=10_000, ge=1, description="finished jobs that are remembered, the newest")
+    give_up_after_s: float = Field(
+        default=3600.0, ge=0, description="how long engine or store may be away before what waits for them fails"
+    )
+    max_jobs: int = Field(default=1000, ge=1, description="finished jobs that are kept of a namespace, the newest")
+    job_days: float = Field(default=7.0, gt=0, description="how long finished jobs are kept")
 
 
 class TracingSettings(Settings):

@@ -20,7 +20,7 @@ from kvlink_core.models.flat_parts import Segment, Slots, Span
 from kvlink_core.types import DocumentCache
 
 #: Namespace, digest of the tokens, and how the document comes to be here.
-Key = tuple[str, str, Literal["given", "encoded", "copied"]]
+Key = tuple[str, str, Literal["given", "encoded", "copied", "added"]]
 
 
 class SharedDocument:
@@ -29,7 +29,7 @@ class SharedDocument:
     Attributes:
         token_ids: its tokens.
         segment: its keys and values; complete when ``ready``.
-        cache: of one that was encoded here for requests that copy it: as the encoder would have made it.
+        cache: of one that was encoded here for requests that copy it, or to be added, as the encoder makes it.
         number: of the request that asked for it first.
     """
 
@@ -175,7 +175,7 @@ class SharedDocuments:
         """``count`` more tokens of a document were computed; returns its cache when these were the last."""
         cache = document.advance(self._model, count)
         if cache is not None:
-            if document.key[2] == "copied":
+            if document.key[2] in ("copied", "added"):
                 document.cache = cache
             else:
                 held = self.nbytes(len(document.token_ids), cache)

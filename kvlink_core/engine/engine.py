@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from kvlink_core.engine.encodings import Encodings
 from kvlink_core.engine.flat_runner import FlatRunner
 from kvlink_core.engine.memory import Budget
-from kvlink_core.engine.requests import EngineEvent, Failed, Generated, GenerationRequest, Handle, Task, Work
+from kvlink_core.engine.requests import Encoding, EngineEvent, Failed, Generated, GenerationRequest, Handle, Task, Work
 from kvlink_core.engine.schedule import Pace, share
 from kvlink_core.engine.solo_runner import SoloRunner
 from kvlink_core.engine.trial import Mode, find_mode
@@ -97,6 +98,7 @@ class Engine:
         self._waiting: deque[Task] = deque()
         self._running: list[Task] = []  # the oldest first
         self._tasks: dict[int, Task] = {}
+        self._encodings = Encodings(model, self._runner, self._budget)
         self._submitted = self._preemptions = self._steps = 0
 
     def submit(self, request: GenerationRequest) -> Handle:
@@ -121,6 +123,20 @@ class Engine:
         self._tasks[id(task.handle)] = task
         return task.handle
 
+    def encode(self, token_ids: Sequence[int]) -> Encoding:
+        """Queue a document to be encoded for its cache alone, in the steps of requests and behind what they need.
+
+        A step returns it as ``Encoded``. One is under way at a time; in mode ``solo`` it is encoded whole, in one step.
+
+        Raises:
+            EmptyDocumentError: no tokens.
+            PromptTooLongError: it exceeds the model's context.
+            RequestTooLargeError: it does not fit even alone.
+        """
+        encoding = self._encodings.submit(token_ids, self._submitted)
+        self._submitted += 1
+        return encoding
+
     def cancel(self, handle: Handle) -> None:
         """Drop a request and free what it holds, at once; nothing happens to one that is finished."""
         task = self._tasks.get(id(handle))
@@ -128,7 +144,8 @@ class Engine:
             self._drop(task)
 
     def cancel_all(self) -> list[Handle]:
-        """Drop all requests, as after a step that raised; returns theirs."""
+        """Drop all requests and all that is to be encoded, as after a step that raised; returns requests' handles."""
+        self._encodings.drop()
         tasks = list(self._tasks.values())
         for task in tasks:
             self._drop(task)
@@ -141,7 +158,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether there is anything to compute."""
-        return bool(self._tasks)
+        return bool(self._tasks) or self._encodings.busy
 
     @property
     def stats(self) -> EngineStats:
@@ -170,19 +187,22 @@ class Engine:
         self._admit(failures)
         works, chunks = self._schedule(failures)
         if not works and not chunks:
-            return failures
+            return [*failures, *self._encodings.finish()]
         decoding = sum(work.task.decoding for work in works)
         logits, encoded = self._runner.run(works, chunks)
         events = self._postprocess(works, logits)
         self._steps += 1
         total = sum(work.count for work in works) + sum(count for _, count in chunks)
         self._pace.note(time.perf_counter() - started, decoding=decoding, prefilled=total - decoding)
-        return [*failures, *encoded, *events]
+        return [*failures, *encoded, *self._encodings.finish(), *events]
 
     def _admit(self, failures: list[EngineEvent]) -> None:
         """Let waiting requests in, in their order, as far as there is room."""
         while self._waiting and len(self._running) < self.settings.max_running:
             task = self._waiting[0]
+            if not self._encodings.begin(before=task.number):
+                return
+            since = time.perf_counter()
             try:
                 admitted = self._runner.open(task)
             except KVLinkError as error:
@@ -191,14 +211,17 @@ class Engine:
                 continue
             if admitted:
                 self._waiting.popleft()
-                task.handle.admitted = task.handle.admitted or time.perf_counter()
+                task.handle.admitted = task.handle.admitted or since
+                task.handle.linked(since)
                 insort(self._running, task, key=lambda t: t.number)
-            elif self._running:
+            elif self._running or self._encodings.begun:
                 return
             else:  # with all memory to itself: rather an error than a queue that stands still
                 self._drop(task)
                 too_large = RequestTooLargeError(self._runner.needs(task), self._budget.limit)
                 failures.append(Failed(task.handle, too_large))
+
+        self._encodings.begin(before=self._submitted)
 
     def _schedule(self, failures: list[EngineEvent]) -> tuple[list[Work], list[tuple[Any, int]]]:
         """What this step computes: tokens of requests, and of documents."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -9,8 +10,9 @@ import torch
 
 from kvlink_core.engine.documents import Key, SharedDocument, SharedDocuments
 from kvlink_core.engine.memory import Budget, Lane, Lanes
-from kvlink_core.engine.requests import Encoded, GenerationRequest, Task, Work
+from kvlink_core.engine.requests import Encoded, Encoding, GenerationRequest, Task, Work
 from kvlink_core.errors import PrunedCacheError
+from kvlink_core.fingerprint import digest_of_tokens
 from kvlink_core.linking.base import DocumentsAt, documents_at
 from kvlink_core.linking.linked_cache import PRUNED_REMEDY
 from kvlink_core.models import LoadedModel
@@ -19,6 +21,9 @@ from kvlink_core.models.flat_parts import Reading, Span
 from kvlink_core.models.turning import QueryTurner
 from kvlink_core.template import FIRST_WRAP_ID
 from kvlink_core.types import DocumentCache
+
+#: Above the number of any request.
+_LAST = 1 << 62
 
 #: A document's key in ``SharedDocuments``, its tokens, and the cache it comes from, if any.
 _Wanted = tuple[Key, Sequence[int], DocumentCache | None]
@@ -130,7 +135,9 @@ class FlatRunner:
         """
         context: _Context = task.context
         if not context.started and all(document.ready for document in context.documents):
+            since = time.perf_counter()
             computed = self._begin(task, context)
+            task.handle.linked(since)
             context.started = True
             if not task.handle.preemptions:
                 task.handle.computed_tokens += computed
@@ -200,6 +207,32 @@ class FlatRunner:
         """Documents that are being encoded."""
         return self.documents.encoding()
 
+    def encoding_needs(self, tokens: int) -> int:
+        """Bytes that a document takes that is encoded for its cache alone."""
+        return self.documents.nbytes(tokens, None)
+
+    def begin(self, encoding: Encoding) -> bool:
+        """Encode a document from now on, a chunk in each step; false, and nothing taken, where there is no memory."""
+        # Its number puts it behind all that somebody waits for.
+        encoding.document = self.documents.open(
+            ("", digest_of_tokens(encoding.token_ids), "added"), encoding.token_ids, None, _LAST + encoding.number
+        )
+        return encoding.document is not None
+
+    def finish(self, encoding: Encoding) -> DocumentCache | None:
+        """The cache of a document that was begun, and its memory given back; ``None`` while some of it is missing."""
+        document: SharedDocument = encoding.document
+        if not document.ready:
+            return None
+        cache = document.cache
+        self.abandon(encoding)
+        return cache
+
+    def abandon(self, encoding: Encoding) -> None:
+        """Give back the memory of a document that was begun."""
+        self.documents.close(encoding.document)
+        encoding.document = None
+
     def run(
         self, works: Sequence[Work], chunks: Sequence[tuple[SharedDocument, int]]
     ) -> tuple[torch.Tensor, list[Encoded]]:
@@ -212,8 +245,9 @@ class FlatRunner:
         logits = FlatPass(self._model.lm, self._turner, spans, embed=self._embedding(spans)).forward()
         for work in works:
             work.task.done += work.count
-        made = [(document.key[0], self.documents.advance(document, count)) for document, count in chunks]
-        return logits, [Encoded(cache, namespace) for namespace, cache in made if cache is not None]
+        made = [(document.key, self.documents.advance(document, count)) for document, count in chunks]
+        asked = [(space, cache) for (space, _, kind), cache in made if cache is not None and kind != "added"]
+        return logits, [Encoded(cache, namespace) for namespace, cache in asked]
 
     def _span(self, work: Work) -> Span:
         task = work.task

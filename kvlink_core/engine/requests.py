@@ -54,6 +54,8 @@ class Handle:
         completion_tokens: tokens generated.
         preemptions: how often it gave up its memory for an older request.
         finished: whether its last event was returned, or it was cancelled.
+        link_s: seconds between ``admitted`` and ``first_token`` in which its documents' caches were linked: their keys
+            turned, or all of them copied to their places, and what the linker itself computes.
     """
 
     prompt_tokens: int
@@ -64,6 +66,12 @@ class Handle:
     completion_tokens: int = 0
     preemptions: int = 0
     finished: bool = False
+    link_s: float = 0.0
+
+    def linked(self, since: float) -> None:
+        """Its documents were linked from ``since`` until now."""
+        if self.first_token is None:
+            self.link_s += time.perf_counter() - since
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +90,31 @@ class Failed:
     error: KVLinkError
 
 
+@dataclass(slots=True, eq=False)
+class Encoding:
+    """A document that is encoded for its cache alone (``Engine.encode``).
+
+    Attributes:
+        token_ids: its tokens.
+        number: counts what was submitted, requests too.
+        document: what a runner keeps for it.
+    """
+
+    token_ids: Sequence[int]
+    number: int
+    document: Any = None
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A document was encoded for requests of a namespace: the receiver may keep its cache, or store it."""
+    """A document was encoded for requests of a namespace: the receiver may keep its cache, or store it.
+
+    ``encoding`` says that nobody's request asked for it, but ``Engine.encode`` did.
+    """
 
     cache: DocumentCache
     namespace: str = ""
+    encoding: Encoding | None = None
 
 
 EngineEvent = Generated | Failed | Encoded

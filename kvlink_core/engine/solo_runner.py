@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -9,9 +10,10 @@ import torch
 from kvlink_core.encode import DocumentEncoder
 from kvlink_core.engine.documents import SharedDocument
 from kvlink_core.engine.memory import Budget
-from kvlink_core.engine.requests import Encoded, Task, Work
+from kvlink_core.engine.requests import Encoded, Encoding, Task, Work
 from kvlink_core.linking import LinkedCache
 from kvlink_core.models import LoadedModel
+from kvlink_core.types import DocumentCache
 
 #: ``SlotMemory`` lends a quarter more than it is asked for.
 _LENT = 1.25
@@ -69,7 +71,9 @@ class SoloRunner:
             made = dict(zip(cold, self._encoder.encode([list(t) for t in cold]), strict=True))
             encoded = sum(len(t) for t in cold)
             caches = [cache or made[s.token_ids] for s, cache in zip(segments, given, strict=True)]
+        since = time.perf_counter()
         linked = request.linker.link(self._model, task.prompt, caches, reserve=request.sampling.max_tokens)
+        task.handle.linked(since)
         pending = linked.pending.tolist()
         task.begin(linked.token_ids[linked.pending].tolist(), pending, pending)
         if not task.handle.preemptions:
@@ -83,6 +87,25 @@ class SoloRunner:
     def encoding(self) -> list[SharedDocument]:
         """None: see ``ready``."""
         return []
+
+    def encoding_needs(self, tokens: int) -> int:
+        """As ``FlatRunner.encoding_needs``."""
+        shapes = self._model.recipes.shapes(tokens)
+        return sum(torch.Size(shape).numel() for shape in shapes) * self._model.dtype.itemsize
+
+    def begin(self, encoding: Encoding) -> bool:
+        """As ``FlatRunner.begin``, but that it will be encoded whole."""
+        return self._budget.take(self.encoding_needs(len(encoding.token_ids)))
+
+    def finish(self, encoding: Encoding) -> DocumentCache | None:
+        """Encode the document, and give its memory back."""
+        (cache,) = self._encoder.encode([encoding.token_ids])
+        self.abandon(encoding)
+        return cache
+
+    def abandon(self, encoding: Encoding) -> None:
+        """As ``FlatRunner.abandon``."""
+        self._budget.give(self.encoding_needs(len(encoding.token_ids)))
 
     def run(
         self, works: Sequence[Work], chunks: Sequence[tuple[SharedDocument, int]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import uuid
 from collections.abc import Iterable
 from typing import IO, Annotated, Literal
@@ -18,6 +19,10 @@ logger = logging.getLogger(__name__)
 
 COLLECTING = "collecting"
 DELETED = "deleted"
+
+#: Where a service keeps the jobs that it was given, and what their files are called: FORMAT.md section 9.
+JOBS = "jobs"
+JOB_FILE = re.compile(rf"{JOBS}/[A-Za-z0-9_-][A-Za-z0-9._-]{{0,63}}/[0-9a-f]{{32}}\.(texts|state)\.json")
 
 
 class _Record(BaseModel):

@@ -62,8 +62,8 @@ def image() -> Image:
     return parse_dockerfile((ROOT / "infra" / "Dockerfile").read_text())
 
 
-def _resource(name: str) -> Any:
-    return yaml.safe_load((KUBERAY / "base" / name).read_text())
+def _resource(name: str, variant: str = "base") -> Any:
+    return yaml.safe_load((KUBERAY / variant / name).read_text())
 
 
 @pytest.fixture
@@ -76,6 +76,12 @@ def rayservice() -> Any:
 def rayjob() -> Any:
     """The RayJob, fresh for each test."""
     return _resource("rayjob.yaml")
+
+
+@pytest.fixture
+def trainjob() -> Any:
+    """The RayJob that trains, fresh for each test."""
+    return _resource("rayjob.yaml", "train")
 
 
 @pytest.fixture(scope="session")

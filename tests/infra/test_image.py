@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def test_pip_installs_only_pinned_versions(image: Any) -> None:
     # What is installed first must not be installed again, in another build, by what comes after.
     assert installs[0].endswith(" torch")
     assert "==" not in "".join(installs)
+
+
+def test_extras_are_ones_that_the_project_has(image: Any) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (extras,) = [rest.partition("=")[2] for rest in arguments(image, "ARG") if rest.startswith("EXTRAS=")]
+    assert {*extras.split(","), "train"} <= project["optional-dependencies"].keys()
 
 
 def test_runs_as_a_user_that_kubernetes_can_tell_is_not_root(image: Any, rayservice: Any) -> None:

@@ -17,7 +17,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 KUBERAY = ROOT / "infra" / "kuberay"
 CHECKER = ROOT.parent / "shared" / "tools" / "check_manifests.py"
-VARIANTS = ("base", "s3")
+VARIANTS = ("base", "s3", "train")
 
 
 def kustomization(variant: str) -> Any:
@@ -66,8 +66,8 @@ def test_overlays_have_the_same_kustomizeconfig() -> None:
 
 def test_the_image_tag_is_the_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (image,) = kustomization("base")["images"]
-    assert image["newTag"] == project["version"]
+    tags = [kustomization(variant)["images"][0]["newTag"] for variant in ("base", "train")]
+    assert tags == [project["version"], f"{project['version']}-train"]
 
 
 @pytest.fixture(params=VARIANTS)
@@ -77,8 +77,9 @@ def rendered(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]
     if kubectl is None:
         pytest.skip("kubectl is not here, so nothing can render the kustomizations")
     shutil.copytree(KUBERAY, tmp_path / "kuberay")
-    base = tmp_path / "kuberay" / "base" / "kustomization.yaml"
-    base.write_text(base.read_text().replace("newName: kvlink", "newName: registry.example/kvlink"))
+    for variant in ("base", "train"):
+        file = tmp_path / "kuberay" / variant / "kustomization.yaml"
+        file.write_text(file.read_text().replace("newName: kvlink", "newName: registry.example/kvlink"))
     command = [kubectl, "kustomize", str(tmp_path / "kuberay" / request.param)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -89,6 +90,9 @@ def rendered(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]
 
 def test_rendered_resources_are_whole(rendered: tuple[str, Path]) -> None:
     variant, path = rendered
+    if variant == "train":
+        _assert_training_is_whole(path)
+        return
     resources = {r["kind"]: r for r in yaml.safe_load_all(path.read_text())}
     kinds = {"ConfigMap", "PersistentVolumeClaim", "RayJob", "RayService"}
     assert resources.keys() == (kinds if variant == "base" else kinds - {"PersistentVolumeClaim"})
@@ -114,10 +118,22 @@ def test_rendered_resources_are_whole(rendered: tuple[str, Path]) -> None:
         kubernetes_validate.validate(resources[kind], "1.31", strict=True)
 
 
+def _assert_training_is_whole(path: Path) -> None:
+    resources = {r["kind"]: r for r in yaml.safe_load_all(path.read_text())}
+    assert resources.keys() == {"ConfigMap", "RayJob"}
+    job, config_map = resources["RayJob"], resources["ConfigMap"]
+    assert set(values(job, "image")) == {f"registry.example/kvlink:{kustomization('train')['images'][0]['newTag']}"}
+    assert {c["name"] for c in values(job, "configMapRef")} == {config_map["metadata"]["name"]} != {"kvlink-train"}
+    assert all(f'"${name}"' in job["spec"]["entrypoint"] for name in config_map["data"])
+    # The volume is the base's.
+    claims = {r["metadata"]["name"] for r in base_resources() if r["kind"] == "PersistentVolumeClaim"}
+    assert {c["claimName"] for c in values(job, "persistentVolumeClaim")} == claims
+
+
 def test_rendered_resources_satisfy_kuberays_schema(rendered: tuple[str, Path]) -> None:
     if not CHECKER.exists():
         pytest.skip("KubeRay's CRDs are not here: ../shared/tools/check_manifests.py is missing")
     command = [sys.executable, str(CHECKER), str(rendered[1])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" OK") == 2
+    assert done.stdout.count(" OK") == (1 if rendered[0] == "train" else 2)

@@ -168,9 +168,23 @@ def pinned(package: str) -> str:
 # --- what we ship keeps them -----------------------------------------------------------------------------------------
 
 
-def test_the_resources_keep_all_rules(rayservice: Any, rayjob: Any) -> None:
+def test_the_resources_keep_all_rules(rayservice: Any, rayjob: Any, trainjob: Any) -> None:
     assert faults(rayservice) == []
     assert faults(rayjob) == []
+    assert faults(trainjob) == []
+
+
+def test_the_training_job_asks_for_what_it_has(trainjob: Any) -> None:
+    from pipeline.train import main
+
+    command = trainjob["spec"]["entrypoint"]
+    (group,) = trainjob["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert f"--workers {group['replicas']} --gpu" in command
+    assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    # Its options are ones that the script has: what is wrong is the recipe, which is not there.
+    script, *options = command.replace("python ", "", 1).split()
+    assert (ROOT / script).exists()
+    assert main([option.strip('"') for option in options]) == 2
 
 
 def test_job_and_service_use_the_same_model(rayservice: Any, rayjob: Any) -> None:
@@ -190,15 +204,15 @@ def test_the_service_takes_its_settings(rayservice: Any, monkeypatch: pytest.Mon
 def test_resources_satisfy_kuberays_schema() -> None:
     if not CHECKER.exists():
         pytest.skip("KubeRay's CRDs are not here: ../shared/tools/check_manifests.py is missing")
-    files = [str(BASE / name) for name in ("rayjob.yaml", "rayservice.yaml")]
+    files = [str(BASE / name) for name in ("rayjob.yaml", "rayservice.yaml", "../train/rayjob.yaml")]
     done = subprocess.run([sys.executable, str(CHECKER), *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" OK") == len(files)
 
 
-def test_pods_and_core_resources_satisfy_kubernetes_schema(rayservice: Any, rayjob: Any) -> None:
+def test_pods_and_core_resources_satisfy_kubernetes_schema(rayservice: Any, rayjob: Any, trainjob: Any) -> None:
     kubernetes_validate.validate(yaml.safe_load((BASE / "store.yaml").read_text()), "1.31", strict=True)
-    for resource in (rayservice, rayjob):
+    for resource in (rayservice, rayjob, trainjob):
         for where, spec in pod_specs(resource):
             pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": where}, "spec": spec}
             kubernetes_validate.validate(pod, "1.31", strict=True)

@@ -47,3 +47,19 @@ def test_two_workers(ray_session: None, tiny_model_dir: Path, tmp_path: Path) ->
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "none.yaml"), "--out", str(tmp_path / "o")]) == 2
     assert "there is no recipe file" in capsys.readouterr().err
+
+
+def test_a_job_that_is_tried_again_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture = [{"path": tmp_path / "qa.jsonl", "kind": "qa"}]
+    recipe = Recipe.model_validate({"train": "links", "model": "embedded", "mixture": mixture, "links": {"k": 1}})
+    monkeypatch.setattr("pipeline.train.read_recipe", lambda *_: recipe)
+    resumed = []
+    monkeypatch.setattr("pipeline.train.run", lambda *_, resume, **__: resumed.append(resume))
+    out = tmp_path / "o"
+    command = ["r.yaml", "--out", str(out)]
+    for options in (["--retry"], []):
+        assert main([*command, *options]) == 0
+    (out / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+    for options in (["--retry"], ["--resume"], []):
+        assert main([*command, *options]) == 0
+    assert resumed == [False, False, True, True, False]

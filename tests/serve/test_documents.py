@@ -227,18 +227,21 @@ async def ended(service: DocumentService, job: Job | ApiError) -> Job:
 def test_a_store_that_is_away_is_tried_again(
     tmp_path: Path, tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.documents._WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr("serve.job_queue._WAITS_S", (0.0,))
+    away = ApiError(503, "away", "store_unavailable")
 
-    async def work(service: DocumentService, engine: Encoders) -> None:
-        away = ApiError(503, "away", "store_unavailable")
-        engine.faults = [away, away]
+    async def patient(service: DocumentService, engine: Encoders) -> None:
+        engine.faults = [away] * 9
         assert (await ended(service, await service.add("n", [NewDocument("a", "x")]))).status == "done"
-        engine.faults = [away, away, away]
+
+    async def hasty(service: DocumentService, engine: Encoders) -> None:
+        engine.faults = [away, away]
         job = await ended(service, await service.add("n", [NewDocument("a", "x")]))
         assert job.status == "failed"
         assert job.documents[0].error == away
 
-    assert len(run(tmp_path, tiny_model, work).asked) == 6
+    assert len(run(tmp_path, tiny_model, patient).asked) == 10
+    assert len(run(tmp_path, tiny_model, hasty, give_up_after_s=0).asked) == 1
 
 
 def test_what_waits_is_bounded_and_a_deleted_document_does_not_come_back(

@@ -53,12 +53,12 @@ class Two:
         )
         return Session(self.model).start(request).text()
 
-    def replicas(self) -> list[psutil.Process]:
-        """Processes of the engine's replicas."""
+    def replicas(self, deployment: str = "engine") -> list[psutil.Process]:
+        """Processes of a deployment's replicas."""
         found = []
         for process in psutil.process_iter(["cmdline"]):
             line = " ".join(process.info["cmdline"] or ())
-            if line.startswith(f"ray::ServeReplica:{APP}:engine"):
+            if line.startswith(f"ray::ServeReplica:{APP}:{deployment}"):
                 found.append(process)
         return sorted(found, key=lambda p: p.pid)
 
@@ -154,6 +154,28 @@ def test_a_killed_replica_loses_no_request(two: Two) -> None:
     assert {r.status_code for r in replies} == {200}
     expected = {name: two.expected(name, max_tokens=150) for name in set(names)}
     assert [r.json()["choices"][0]["message"]["content"] for r in replies] == [expected[name] for name in names]
+
+
+def test_a_job_survives_the_deployments_that_work_on_it(two: Two) -> None:
+    engines = two.wait_for_two()
+    body = {"documents": [{"id": f"job-{n}", "text": f"Document {n}. " * 8} for n in range(40)]}
+    job = httpx.post(f"{two.url}/v1/documents", json=body, headers=two.headers, timeout=60)
+    assert job.status_code == 202
+    (documents,) = two.replicas("documents")
+    documents.kill()
+    engines[0].kill()
+    url, deadline = f"{two.url}/v1/jobs/{job.json()['id']}", time.monotonic() + 120
+    while time.monotonic() < deadline:
+        answer = httpx.get(url, headers=two.headers, timeout=120)
+        assert answer.status_code == 200, answer.text
+        if answer.json()["finished_at"]:
+            break
+        time.sleep(0.2)
+    assert answer.json()["status"] == "done"
+    assert [d["id"] for d in answer.json()["documents"]] == [d["id"] for d in body["documents"]]
+    assert two.replicas("documents") != [documents]
+    reply = two.ask("job-39", max_tokens=4)
+    assert reply.json()["kvlink"]["documents"][0]["origin"] in ("store", "host", "disk")
 
 
 def test_a_stream_that_is_cut_ends_with_an_error_event(two: Two) -> None:

@@ -65,7 +65,7 @@ class ScriptedSession:
             hit_tokens_host=sum(d.tokens for d in self.documents if d.origin == "host"),
             corrupt_payloads=sum(d.origin == "reencoded-corrupt" for d in self.documents),
         )
-        return Prepared(name, "full", self.documents, 5, 0.1, 0.2)  # type: ignore[arg-type]
+        return Prepared(name, "full", self.documents, 5, 0.1, 0.2, 0.0625)  # type: ignore[arg-type]
 
 
 class ScriptedEngine:
@@ -85,7 +85,7 @@ class ScriptedEngine:
         return EngineStats(len(self.live), 0, 9, 0, 0, 0, 0, 0, 0)
 
     def submit(self, name: Any) -> Handle:
-        handle = Handle(9, submitted=1.0, admitted=1.5, computed_tokens=4)
+        handle = Handle(9, submitted=1.0, admitted=1.5, computed_tokens=4, link_s=0.125)
         self.live[handle] = (name, 0)
         return handle
 
@@ -170,7 +170,13 @@ def test_an_answer_and_its_report() -> None:
     assert last.report is not None
     assert (last.text, last.finish_reason) == ("q2 ", "stop")
     assert (last.report.prompt_tokens, last.report.cached_tokens, last.report.computed_tokens) == (9, 5, 4)
-    assert last.report.phases_s == (("lookup", 0.1), ("load", 0.2), ("queue", 0.5), ("prefill", 0.75))
+    assert last.report.phases_s == (
+        ("lookup", 0.1),
+        ("load", 0.2),
+        ("queue", 0.5),
+        ("link", 0.1875),
+        ("prefill", 0.625),
+    )
     asked = session.requests[0]
     assert asked.linker == "reposition"
     assert list(asked.documents) == [DocumentRef("a"), Document("", "text", "title")]

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fuzz_store import Fuzzer, Shard, real_files
+from fuzz_files import Shard, real_files
+from fuzz_store import Fuzzer
 
 
 @pytest.fixture(scope="module")

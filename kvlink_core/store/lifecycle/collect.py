@@ -18,7 +18,7 @@ from kvlink_core.store.lifecycle.rows import Rows
 from kvlink_core.store.lifecycle.table import ALL, Edit, is_catalog_file
 from kvlink_core.store.manifest import is_shard_name, shard_name
 from kvlink_core.store.payload import footer_length
-from kvlink_core.store.records import COLLECTING, Collecting, entries_of, publish_record
+from kvlink_core.store.records import COLLECTING, JOB_FILE, JOBS, Collecting, entries_of, publish_record
 from kvlink_core.store.storage import Entry, Storage
 from kvlink_core.store.tokens import is_tokens_file
 
@@ -26,13 +26,16 @@ from kvlink_core.store.tokens import is_tokens_file
 DEFAULT_GRACE = timedelta(hours=24)
 
 _UNFINISHED = re.compile(
-    r"((shards|tokens|fingerprints|deleted|collecting|catalog/namespace=[^/]+/fingerprint=[^/]+)/)?\.tmp-[0-9a-f]{32}"
+    r"((shards|tokens|fingerprints|deleted|collecting|jobs/[^/]+|catalog/namespace=[^/]+/fingerprint=[^/]+)/)?\.tmp-[0-9a-f]{32}"
 )
 
 #: Shards named by one record of ``collecting/``, and how long it may be relied on, below the hour of FORMAT.md.
 _BATCH, _BATCH_SECONDS = 200, 50 * 60
 
 _HOUR, _DAY = 3600.0, 86400.0
+
+#: A job that no service has carried on for so long is nobody's any more: FORMAT.md section 9.
+_JOB_SECONDS = 30 * _DAY
 _TAIL_BYTES = 64 * 2**10
 _THREADS = 8
 
@@ -248,13 +251,24 @@ def _clean_catalog(keeper: StoreKeeper, hours: int, *, dry_run: bool) -> list[st
 
 
 def _clean_unfinished(storage: Storage, before: float, *, dry_run: bool) -> list[str]:
-    """Remove unfinished writes and records of collectors that were killed; returns their paths."""
+    """Remove unfinished writes, records of collectors that were killed, and jobs that nobody carries on any more."""
     now = storage.now()
     found = [
         e.path for e in storage.entries("") if _UNFINISHED.fullmatch(e.path) and e.modified <= min(before, now - _HOUR)
     ]
     found += [e.path for e in entries_of(storage, COLLECTING) if e.modified <= now - _DAY]
+    found += _lost_jobs(storage, now)
     if not dry_run:
         for path in found:
             storage.remove(path)
     return found
+
+
+def _lost_jobs(storage: Storage, now: float) -> list[str]:
+    """Files of jobs of which none was written to for too long."""
+    newest: dict[str, float] = {}
+    jobs = [e for e in storage.entries(JOBS) if JOB_FILE.fullmatch(e.path)]
+    for entry in jobs:
+        job = entry.path.rsplit(".", 2)[0]
+        newest[job] = max(newest.get(job, 0.0), entry.modified)
+    return [e.path for e in jobs if newest[e.path.rsplit(".", 2)[0]] <= now - _JOB_SECONDS]
