@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,10 @@ _ROLES = {
     "controller": "ray::ServeController",
 }
 _APPLICATION = "kvlink"
-_SAMPLE = re.compile(r"^(ray_kvlink_\w+)\{([^}]*)\} (\S+)$")
+_SAMPLE = re.compile(r"^ray_kvlink_(\w+)\{([^}]*)\} (\S+)$")
+
+#: Of the service's gauges, those that are 0 when nothing is asked.
+GAUGES = ("requests_running", "requests_waiting", "engine_waiting_requests", "kv_used_bytes_active")
 
 
 class ProofError(KVLinkError):
@@ -67,6 +71,7 @@ class Service:
         self.url = url
         self._root = root
         self._metrics: str | None = None
+        self._dashboard: str | None = None
 
     def processes(self) -> dict[str, list[psutil.Process]]:
         """The processes that serve, by what they do, the oldest first."""
@@ -101,36 +106,47 @@ class Service:
                     sockets += sum(c.status in ("ESTABLISHED", "CLOSE_WAIT") for c in process.net_connections("tcp"))
         return Held(sockets, handles, self._gauges())
 
+    def ready(self, engines: int) -> bool:
+        """Whether so many replicas of the engine run, and one of everything else, and none is on its way."""
+        states = [replica["state"] for replica in self._replicas()]
+        return states.count("RUNNING") == len(states) and len(self.engine_pids()) == engines
+
+    def engine_pids(self) -> list[int]:
+        """The engine's replicas that Serve says are running."""
+        return [r["pid"] for r in self._replicas() if r["deployment"] == "engine" and r["state"] == "RUNNING"]
+
+    def _replicas(self) -> list[dict[str, Any]]:
+        """Every replica as Serve describes it, with its deployment."""
+        found = self._get("_dashboard", "dashboard/dashboard.py", "/api/serve/applications/", '"applications"')
+        deployments = json.loads(found or "{}").get("applications", {}).get(_APPLICATION, {}).get("deployments", {})
+        return [{**replica, "deployment": name} for name, d in deployments.items() for replica in d["replicas"]]
+
     def _gauges(self) -> dict[str, float]:
-        living = {str(p.pid) for processes in self.processes().values() for p in processes}
+        living = {replica["replica_id"] for replica in self._replicas()}
         values: dict[str, float] = {}
-        for line in self._scrape().splitlines():
+        for line in self._get("_metrics", "ray::DashboardAgent", "/metrics", "ray_kvlink_").splitlines():
             if match := _SAMPLE.match(line):
                 labels = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
-                pid = labels.get("WorkerId", "") and labels.get("Pid", "")
-                if pid and pid not in living:
-                    continue
-                name = match[1].removeprefix("ray_kvlink_") + (f"_{labels['state']}" if "state" in labels else "")
-                values[name] = values.get(name, 0.0) + float(match[3])
+                name = match[1] + (f"_{labels['state']}" if "state" in labels else "")
+                if name in GAUGES and labels.get("replica") in living:  # those of the dead stay as they were
+                    values[name] = values.get(name, 0.0) + float(match[3])
         return values
 
-    def _scrape(self) -> str:
-        """The text of Ray's metrics port, which is found by asking the ports that its agent listens on."""
-        if self._metrics is not None:
+    def _get(self, known: str, title: str, path: str, contains: str) -> str:
+        """What Ray's own HTTP says; its port is one of those that the process with this title listens on."""
+        if (url := getattr(self, known)) is not None:
             with contextlib.suppress(httpx.HTTPError):
-                return httpx.get(self._metrics, timeout=10).text
+                return httpx.get(url, timeout=10).text
         for process in self._root.children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if "dashboard/agent.py" not in " ".join(process.cmdline()):
+                if title not in " ".join(process.cmdline()):
                     continue
-                for connection in process.net_connections("tcp"):
-                    if connection.status != psutil.CONN_LISTEN:
-                        continue
-                    url = f"http://127.0.0.1:{connection.laddr.port}/metrics"
+                ports = [c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+                for port in ports:
                     with contextlib.suppress(httpx.HTTPError):
-                        text = httpx.get(url, timeout=5).text
-                        if "ray_kvlink_" in text:
-                            self._metrics = url
+                        text = httpx.get(f"http://127.0.0.1:{port}{path}", timeout=10).text
+                        if contains in text:
+                            setattr(self, known, f"http://127.0.0.1:{port}{path}")
                             return text
         return ""
 
@@ -143,12 +159,15 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(folder: Path, settings: dict[str, Any], *, environment: dict[str, str] | None = None) -> Iterator[Service]:
-    """``serve run`` with these settings over those of ``serve/configs/local.yaml``, until the block ends.
+def running(
+    folder: Path, settings: dict[str, Any], *, engines: int, environment: dict[str, str] | None = None
+) -> Iterator[Service]:
+    """``serve run`` with the options of ``serve/configs/local.yaml`` and these settings, until the block ends.
 
     Args:
         folder: for its configuration and its log.
         settings: of ``serve.config``, by dotted names.
+        engines: replicas of the engine.
         environment: variables that it has beside this process's.
 
     Raises:
@@ -158,8 +177,10 @@ def running(folder: Path, settings: dict[str, Any], *, environment: dict[str, st
     config = yaml.safe_load((ROOT / "serve/configs/local.yaml").read_text("utf-8"))
     config["http_options"]["port"] = port
     config["applications"] = [
-        {"name": _APPLICATION, "route_prefix": "/", "import_path": "serve.app:build_app", "args": settings}
-    ]
+        {"name": _APPLICATION, "route_prefix": "/", "import_path": "serve.app:build_app", "args": settings | {
+            "engine.autoscaling.min_replicas": engines, "engine.autoscaling.max_replicas": engines,
+        }}
+    ]  # fmt: skip
     (folder / "serve.yaml").write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
     variables = os.environ | {
         "RAY_ADDRESS": "local", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0",
@@ -173,9 +194,21 @@ def running(folder: Path, settings: dict[str, Any], *, environment: dict[str, st
         try:
             url = f"http://127.0.0.1:{port}"
             wait_until_healthy(url, process, folder / "serve.log")
-            yield Service(url, psutil.Process(process.pid))
+            service = Service(url, psutil.Process(process.pid))
+            wait_until(lambda: service.ready(engines), _STARTS_WITHIN_S, "not all replicas came up")
+            yield service
         finally:
             end(process)
+
+
+def wait_until(true: Callable[[], bool], within_s: float, otherwise: str) -> float:
+    """Seconds until something is true. Raises ``ProofError``, saying ``otherwise``, if it is not in time."""
+    began = time.monotonic()
+    while not true():
+        if time.monotonic() - began > within_s:
+            raise ProofError(f"{otherwise} within {within_s:g} s.")
+        time.sleep(0.25)
+    return time.monotonic() - began
 
 
 def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
