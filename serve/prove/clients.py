@@ -1,8 +1,8 @@
 """Clients that know the right answer, and clients that behave badly.
 
-Every request ends as one of four things: **right** (the oracle's tokens, to the end), **wrong** (anything that the oracle
-would not have said, also in a stream that broke off later), a **clear error** (an error of the API with its code, 503 with
-Retry-After, or an error event at the end of a stream), or **lost**: everything else.
+Every request ends as one of four things: **right** (the oracle's tokens, to the end), **wrong** (anything that the
+oracle would not have said, also in a stream that broke off later), a **clear error** (an error of the API with its
+code, 503 with Retry-After, or an error event at the end of a stream), or **lost**: everything else.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def make_model(directory: Path, *, small: bool) -> LoadedModel:
 
 
 def make_documents(count: int, *, sentences: int) -> dict[str, str]:
-    """Texts by id: passages of generated worlds, so many of them to a document. The same ones for the same arguments."""
+    """Texts by id: passages of generated worlds, so many of them to a document; always the same ones."""
     documents: dict[str, str] = {}
     passages: list[str] = []
     seed = 0

@@ -121,16 +121,28 @@ class Service:
         deployments = json.loads(found or "{}").get("applications", {}).get(_APPLICATION, {}).get("deployments", {})
         return [{**replica, "deployment": name} for name, d in deployments.items() for replica in d["replicas"]]
 
+    def counter(self, name: str, **labels: str) -> float:
+        """The sum of a counter over the replicas that live."""
+        samples = self._samples()
+        return sum(v for found, marks, v in samples if found == name and labels.items() <= marks.items())
+
     def _gauges(self) -> dict[str, float]:
+        values = dict.fromkeys(GAUGES, 0.0)
+        for name, labels, value in self._samples():
+            if (full := "_".join(filter(None, (name, labels.get("state"))))) in values:
+                values[full] += value
+        return values
+
+    def _samples(self) -> list[tuple[str, dict[str, str], float]]:
+        """The service's metrics: names, labels, values. Those of dead replicas stay as they were: left out."""
         living = {replica["replica_id"] for replica in self._replicas()}
-        values: dict[str, float] = {}
+        samples = []
         for line in self._get("_metrics", "ray::DashboardAgent", "/metrics", "ray_kvlink_").splitlines():
             if match := _SAMPLE.match(line):
                 labels = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
-                name = match[1] + (f"_{labels['state']}" if "state" in labels else "")
-                if name in GAUGES and labels.get("replica") in living:  # those of the dead stay as they were
-                    values[name] = values.get(name, 0.0) + float(match[3])
-        return values
+                if labels.get("replica") in living:
+                    samples.append((match[1], labels, float(match[3])))
+        return samples
 
     def _get(self, known: str, title: str, path: str, contains: str) -> str:
         """What Ray's own HTTP says; its port is one of those that the process with this title listens on."""

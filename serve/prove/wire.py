@@ -33,8 +33,8 @@ class Wire:
     def be(self, state: State, *, delay_s: float = 0.0) -> None:
         """Change how it is, from any thread.
 
-        ``refusing``: connections are torn down, and new ones as soon as they are made. ``silent``: they stay, and nothing
-        passes. ``delay_s``: what each request waits before it is passed on.
+        ``refusing``: connections are torn down, and new ones as soon as they are made. ``silent``: they stay, and
+        nothing passes. ``delay_s``: what each request waits before it is passed on.
         """
         asyncio.run_coroutine_threadsafe(self._change(state, delay_s), self._loop).result()
 
