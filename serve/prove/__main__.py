@@ -37,9 +37,31 @@ def _finish(page: str, markdown: Path | None, failed: bool) -> None:
     raise SystemExit(1 if failed else 0)
 
 
-@app.callback()
-def proofs() -> None:
-    """Proofs of the service. Exit code 1 if a condition does not hold."""
+@app.command()
+def load(
+    seconds: Annotated[float, typer.Option(min=1, help="for each rate")] = 300.0,
+    share: Annotated[list[float] | None, typer.Option(help="of capacity (may be repeated)")] = None,
+    capacity_seconds: Annotated[float, typer.Option(min=1, help="to measure capacity")] = 20.0,
+    ttft: Annotated[float, typer.Option(min=0, help="goodput: seconds to the first token at most")] = 1.0,
+    itl: Annotated[float, typer.Option(min=0, help="goodput: mean seconds between tokens at most")] = 0.2,
+    seed: Annotated[int, typer.Option(help="of questions and arrivals")] = 0,
+    json: Json = None,
+    markdown: Markdown = None,
+) -> None:
+    """0.5, 0.8 and 1.2 of capacity: no error below, only 503 above, no wrong token, memory flat."""
+    from kvlink_core.benchmark.hardware import CoreWatch, describe_hardware
+    from serve.prove.load_run import prove_load
+    from serve.prove.report import load_page, save
+
+    watch = CoreWatch()
+    capacity, results = prove_load(
+        share or (0.5, 0.8, 1.2), seconds=seconds, capacity_s=capacity_seconds, ttft_s=ttft, itl_s=itl, seed=seed,
+        say=_say,
+    )  # fmt: skip
+    hardware = describe_hardware(torch.device("cpu"), watch)
+    if json is not None:
+        save(json, command=_command(), hardware=hardware, capacity=capacity, load=results)
+    _finish(load_page(capacity, results, hardware, _command()), markdown, any(r.faults for r in results))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from typing import Any
 
 from kvlink_core.benchmark.results import Hardware
 from serve.prove.fault_run import FaultResult
+from serve.prove.load_run import LoadResult
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -60,6 +61,34 @@ def _fault_row(result: FaultResult) -> list[str]:
 def fault_page(results: Sequence[FaultResult], hardware: Hardware, command: str) -> str:
     """The table with its command and its machine."""
     return f"`{command}`\n\n{machine(hardware)}.\n\n{fault_table(results)}"
+
+
+def load_page(capacity: float, results: Sequence[LoadResult], hardware: Hardware, command: str) -> str:
+    """Latencies, then memory, with the command and the machine."""
+    header = (
+        "of capacity", "requests/s", "sent", "right", "**wrong**", "errors", "**lost**", "TTFT p50/p95/p99 ms",
+        "ITL p50/p99 ms", "whole p50/p95/p99 ms", "goodput/s", "holds",
+    )  # fmt: skip
+    rows = [
+        [
+            f"{r.share:g}", f"{r.rate:.2f}", str(r.sent), str(r.right), str(r.wrong), counted(r.errors),
+            counted(r.lost), *(" / ".join(f"{v:.0f}" for v in times) for times in (r.ttft_ms, r.itl_ms, r.e2e_ms)),
+            f"{r.goodput:.2f}", "yes" if not r.faults else "**no**: " + "; ".join(r.faults),
+        ]
+        for r in results
+    ]  # fmt: skip
+    memory = [
+        [f"{r.share:g}", m.process, f"{m.begin / 2**20:.1f}", f"{m.end / 2**20:.1f}", f"{m.drift:+.2%}"]
+        for r in results
+        for m in r.memory
+    ]
+    seconds = results[0].seconds if results else 0
+    return (
+        f"`{command}`\n\n{machine(hardware)}. Capacity {capacity:.2f} answers a second; {seconds:g} s each.\n\n"
+        + markdown(header, rows)
+        + "\n"
+        + markdown(("of capacity", "process", "MiB at 20 to 40 %", "MiB at the end", "drift"), memory)
+    )
 
 
 def save(path: Path, **content: Any) -> None:

@@ -109,7 +109,10 @@ class Service:
     def ready(self, engines: int) -> bool:
         """Whether so many replicas of the engine run, and one of everything else, and none is on its way."""
         states = [replica["state"] for replica in self._replicas()]
-        return states.count("RUNNING") == len(states) and len(self.engine_pids()) == engines
+        # Serve calls a dead one running for a while.
+        alive = {process.pid for process in self.processes()["engine"]}
+        pids = self.engine_pids()
+        return states.count("RUNNING") == len(states) and len(pids) == engines and alive.issuperset(pids)
 
     def engine_pids(self) -> list[int]:
         """The engine's replicas that Serve says are running."""
