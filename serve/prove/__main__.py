@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -91,6 +92,8 @@ def faults(
 def main() -> None:
     """Errors of ours are one line."""
     torch.set_num_threads(1)
+    # Ended from outside, it still ends the service that it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except KVLinkError as error:

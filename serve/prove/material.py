@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging as transformers_logging
 
 from kvlink_core.encode import DocumentEncoder
+from kvlink_core.engine import SamplingParams
 from kvlink_core.models import LoadedModel, load_model
 from kvlink_core.models.describe import EMBEDDED_DIRECTORY
-from kvlink_core.session import AnswerRequest, SamplingParams, Session
+from kvlink_core.session import AnswerRequest, Session
 from kvlink_core.store import DocumentStore
 from kvlink_core.training.worlds import make_world
 from kvlink_core.types import Document, Message
