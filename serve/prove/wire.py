@@ -57,6 +57,10 @@ class Wire:
         server.close()
         for writer in list(self._open):
             writer.transport.abort()
+        passing = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in passing:
+            task.cancel()
+        await asyncio.gather(*passing, return_exceptions=True)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -116,4 +120,5 @@ def wire(target: int) -> Iterator[Wire]:
         yield made
     finally:
         made._loop.call_soon_threadsafe(ended.set)
-        thread.join(10)
+        thread.join()
+        made._loop.close()
