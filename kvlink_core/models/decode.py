@@ -95,6 +95,10 @@ class Decoder:
             step.graph.replay()
             self.replays += 1
             return step.logits[: len(spans)].clone()
+        except UnsupportedModelError as error:
+            logger.info("decode steps run without kernels of our own: %s", error)
+            self._give_up()
+            return otherwise()
         # Broad on purpose: what a compiler or a recording objects to comes in many ways.
         except Exception as error:
             logger.warning("decode steps run without kernels of our own: %s", first_line(error), exc_info=True)

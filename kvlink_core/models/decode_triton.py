@@ -26,7 +26,7 @@ def tile(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 else 128
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["layer"])  # type: ignore[untyped-decorator]
 def _write(  # type: ignore[no-untyped-def]
     keys, values, table, layer, key_head, key_token, value_head, value_token,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, FIELDS: tl.constexpr,
@@ -45,7 +45,7 @@ def _write(  # type: ignore[no-untyped-def]
         tl.store(tl.load(row + 6).to(tl.pointer_type(tl.int64)), tl.load(row + 7), mask=there)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["layer"])  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
     query, parts, rows, cos, sin, results, sums, layer, scale, query_head, query_token,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
@@ -56,9 +56,11 @@ def _attend(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr = DIM // 2
     slot, dim, value_dim = tl.arange(0, TILE), tl.arange(0, HALF), tl.arange(0, VALUE_DIM)
     held = slot < slots
-    key = tl.load(part).to(tl.pointer_type(query.dtype.element_ty)) + layer * tl.load(part + 1) + head * tl.load(part + 2)
+    key = tl.load(part).to(tl.pointer_type(query.dtype.element_ty))
     value = tl.load(part + 3).to(tl.pointer_type(query.dtype.element_ty))
-    value += layer * tl.load(part + 4) + head * tl.load(part + 5)
+    # Rows are of 64 bytes at least, which the compiler cannot know of an address from a table.
+    key = tl.multiple_of(key + layer * tl.load(part + 1) + head * tl.load(part + 2), 16)
+    value = tl.multiple_of(value + layer * tl.load(part + 4) + head * tl.load(part + 5), 16)
     # The other way round, as the products want them.
     low = tl.load(key + dim[:, None] + slot[None, :] * DIM, mask=held[None, :], other=0.0)
     high = tl.load(key + HALF + dim[:, None] + slot[None, :] * DIM, mask=held[None, :], other=0.0)
