@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,7 +19,7 @@ from kvlink_core.errors import UnsupportedModelError
 from kvlink_core.models.attention import flattened
 from kvlink_core.models.capture import Recorder
 from kvlink_core.models.causal_lm import CausalLM
-from kvlink_core.models.decode_tables import Tables, make_tables
+from kvlink_core.models.decode_tables import PART_FIELDS, TOKEN_FIELDS, Tables, make_tables
 from kvlink_core.models.flat_parts import Span
 from kvlink_core.models.graphs import TOLERANCE
 from kvlink_core.models.turning import QueryTurner
@@ -31,36 +31,61 @@ logger = logging.getLogger(__name__)
 _MOST_TOKENS, _MOST_RECORDINGS = 64, 24
 
 
+class Kernels(Protocol):
+    """What ``decode_triton`` has."""
+
+    def tile(self, dtype: torch.dtype) -> int:
+        """Keys of a part at most."""
+        ...
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, layer: int) -> None:
+        """Write a layer's ``[kv_heads, tokens, dim]`` to where ``table`` says."""
+        ...
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        parts: torch.Tensor,
+        rows: torch.Tensor,
+        turns: tuple[torch.Tensor, torch.Tensor] | None,
+        bounds: torch.Tensor,
+        order: torch.Tensor,
+        layer: int,
+        *,
+        kv_heads: int,
+        value_dim: int,
+        scale: float,
+    ) -> torch.Tensor:
+        """``[tokens, heads, value_dim]``."""
+        ...
+
+
 class Decoder:
     """The decode steps of one model.
 
     Args:
         lm: its network.
         turner: turns queries back.
-        graphs: whether steps may be recorded.
+        kernels: what computes; ``None`` for those in Triton, where it is.
 
     Attributes:
         usable: whether it can be asked at all; becomes false where a step failed or gave other logits.
-        replays: steps that were replayed.
+        steps, replays: that were computed here, and of these, that were replayed.
     """
 
-    def __init__(self, lm: CausalLM, turner: QueryTurner, *, graphs: bool = True) -> None:
+    def __init__(self, lm: CausalLM, turner: QueryTurner, kernels: Kernels | None = None) -> None:
         self._lm = lm
         self._turner = turner
         self._passes: dict[tuple[int, ...], _Pass] = {}
         self._pool: Any = None
-        self._graphs = graphs and lm.device.type == "cuda"
-        self.usable = self._can()
-        self.replays = 0
-
-    def _can(self) -> bool:
-        recipes = self._lm.recipes
-        widths = [shape[-1] for shape in recipes.shapes(1)]
-        return (
-            importlib.util.find_spec("triton") is not None
-            and all(recipe is None or recipe.halves for recipe in recipes.layers)
-            and all(width >= 32 and width & (width - 1) == 0 for width in widths)
-        )
+        self._graphs = lm.device.type == "cuda"
+        self._kernels = kernels
+        widths = [shape[-1] for shape in lm.recipes.shapes(1)]
+        self.usable = all(recipe is None or recipe.halves for recipe in lm.recipes.layers)
+        if kernels is None:
+            known = importlib.util.find_spec("triton") is not None
+            self.usable = self.usable and known and all(width >= 32 and width & (width - 1) == 0 for width in widths)
+        self.steps = self.replays = 0
 
     @torch.inference_mode()
     def step(self, spans: Sequence[Span], otherwise: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -73,23 +98,33 @@ class Decoder:
         """
         if not self.usable or len(spans) > _MOST_TOKENS or any(len(span.slots) != 1 for span in spans):
             return otherwise()
-        from kvlink_core.models.decode_triton import tile
+        if self._kernels is None:
+            from kvlink_core.models import decode_triton
 
-        tables = make_tables(spans, tile(self._lm.dtype))
+            self._kernels = decode_triton
+        tables = make_tables(spans, self._kernels.tile(self._lm.dtype))
         sizes = (
-            _size(len(spans), 1), _size(len(tables.parts), 32), _size(len(tables.rows), 32), _size(len(tables.order), 64)
-        )  # fmt: skip
+            _size(len(spans), 1),
+            _size(len(tables.parts), 32),
+            _size(len(tables.rows), 32),
+            _size(len(tables.order), 64),
+        )
         try:
             if sizes not in self._passes:
                 expected = otherwise()
-                step = _Pass(self._lm, self._turner, sizes)
+                step = _Pass(self._lm, self._turner, self._kernels, sizes)
                 step.fill(tables)
-                return self._first(sizes, step, step.forward(), expected)
+                if self._agrees(step.forward(), expected):
+                    self._keep(sizes, step)
+                    return expected
+                self._give_up()
+                return otherwise()  # what was tried left other keys and values
             step = self._passes.pop(sizes)
             self._passes[sizes] = step  # the last one to be given up
             step.fill(tables)
             if step.graph is None and self._graphs:
                 self._record(step)
+            self.steps += 1
             if step.graph is None:
                 return step.forward()[: len(spans)]
             step.graph.replay()
@@ -105,19 +140,17 @@ class Decoder:
             self._give_up()
             return otherwise()
 
-    def _first(
-        self, sizes: tuple[int, ...], step: _Pass, logits: torch.Tensor, expected: torch.Tensor
-    ) -> torch.Tensor:
-        """Keep a pass if it gives what is expected."""
+    def _agrees(self, logits: torch.Tensor, expected: torch.Tensor) -> bool:
         off = float((logits[: expected.shape[0]] - expected).norm() / expected.norm())
-        if not off <= TOLERANCE[self._lm.dtype]:  # not a number is off, too
-            logger.warning("kernels for decoding changed logits by %.1e of their size; running without.", off)
-            self._give_up()
-            return expected
+        if off <= TOLERANCE[self._lm.dtype]:
+            return True
+        logger.warning("kernels for decoding changed logits by %.1e of their size; running without.", off)
+        return False  # not a number is off, too
+
+    def _keep(self, sizes: tuple[int, ...], step: _Pass) -> None:
         while len(self._passes) >= _MOST_RECORDINGS:
             del self._passes[next(iter(self._passes))]
         self._passes[sizes] = step
-        return expected
 
     def _record(self, step: _Pass) -> None:
         """Record a pass; where that cannot be done, run it as it is from now on."""
@@ -155,11 +188,10 @@ def _size(count: int, least: int) -> int:
 class _Pass(Recorder):
     """Steps of at most so many tokens, parts, rows and results. What kernels read stays where it is."""
 
-    def __init__(self, lm: CausalLM, turner: QueryTurner, sizes: tuple[int, ...]) -> None:
+    def __init__(self, lm: CausalLM, turner: QueryTurner, kernels: Kernels, sizes: tuple[int, ...]) -> None:
         super().__init__()
-        from kvlink_core.models.decode_triton import PART_FIELDS, TOKEN_FIELDS
-
         self._lm = lm
+        self._kernels = kernels
         self._turner = turner
         tokens, parts, rows, results = sizes
         self._counts = (tokens, tokens, tokens * TOKEN_FIELDS, parts * PART_FIELDS, rows, tokens + 1, results)
@@ -225,15 +257,13 @@ class _Pass(Recorder):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: Any
     ) -> torch.Tensor:
         """See ``FlatAttention``."""
-        from kvlink_core.models.decode_triton import attend
-
         if self._latest is None or key.data_ptr() != self._latest.data_ptr():
             raise UnsupportedModelError("this model's attention does not attend to what its cache gave it.")
         if options.get("softcap") is not None or options.get("s_aux") is not None:
             raise UnsupportedModelError("this model's attention has more terms.")
         recipe = self._lm.recipes.layers[self._layer]
         scaling = options.get("scaling")
-        return attend(
+        return self._kernels.attend(
             query[0] if query.stride(-1) == 1 else query[0].contiguous(),
             self._parts,
             self._rows,
@@ -250,9 +280,7 @@ class _Pass(Recorder):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by each attention layer with the keys and values of the computed tokens."""
-        from kvlink_core.models.decode_triton import write
-
         self._layer, self._latest = self._lm.recipes.numbers.index(layer_idx), key_states
         keys, values = (x[0] if x.stride(-1) == 1 else x[0].contiguous() for x in (key_states, value_states))
-        write(keys, values, self._tokens, self._layer)
+        self._kernels.write(keys, values, self._tokens, self._layer)
         return key_states, value_states

@@ -9,6 +9,9 @@ import torch
 
 from kvlink_core.models.flat_parts import Segment, Slots, Span
 
+#: Integers of an entry of ``Tables.tokens`` and of ``Tables.parts``.
+TOKEN_FIELDS, PART_FIELDS = 8, 10
+
 
 @dataclass(frozen=True, slots=True)
 class Tables:
@@ -72,7 +75,7 @@ def make_tables(spans: Sequence[Span], tile: int) -> Tables:
         add(place, segment.slots, len(rows), tokens, _widths(keys, values))
         rows += tokens
         turns += distances
-    written = []
+    written: list[tuple[int, ...]] = []
     for token, span in enumerate(spans):
         memory, slot = span.memory, span.slots[0]
         widths = _widths(memory.keys, memory.values)

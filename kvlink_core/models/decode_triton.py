@@ -14,8 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-#: Columns of the tables: see ``decode_tables``.
-TOKEN_FIELDS, PART_FIELDS = 8, 10
+from kvlink_core.models.decode_tables import PART_FIELDS, TOKEN_FIELDS
 
 #: Partial results that are merged at a time.
 _AT_ONCE = 16
