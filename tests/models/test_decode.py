@@ -145,7 +145,7 @@ def test_windows_are_left_to_the_plain_way(model_type: str, caplog: pytest.LogCa
 def test_the_kernels_follow_one_masked_pass(groups: int) -> None:
     """On a GPU as they are, elsewhere in Triton's interpreter."""
     config = tiny_config(
-        "llama", num_attention_heads=2 * groups, num_key_value_heads=2, head_dim=32, hidden_size=64 * groups
+        "llama", num_attention_heads=2 * groups, num_key_value_heads=2, head_dim=32, hidden_size=16 * groups
     )
     assert isinstance(config, LlamaConfig)
     lm = random_model(config, device="cuda" if CUDA else "cpu")
