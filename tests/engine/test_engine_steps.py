@@ -31,6 +31,24 @@ def test_others_get_a_token_in_each_step_while_a_cold_document_is_encoded(tiny_m
     assert slow.computed_tokens == slow.prompt_tokens
 
 
+def test_by_itself_a_request_encodes_one_document_in_a_step(tiny_model: LoadedModel) -> None:
+    engine = Engine(tiny_model, EngineSettings(mode="solo"))
+    fast = engine.submit(request_for(tiny_model, "reposition", (0,), max_tokens=8))
+    engine.step()
+    request = request_for(tiny_model, "reposition", (1, 3, 1, 4), cold=True, max_tokens=2)
+    slow = engine.submit(request)
+    for done in range(2, 5):  # three documents, one of them twice
+        assert slow.first_token is None
+        engine.step()
+        assert fast.completion_tokens == done
+    while engine.busy:
+        engine.step()
+    assert slow.computed_tokens == request.prompt.length - len(request.prompt.documents[2].token_ids)
+    again = Engine(tiny_model, EngineSettings(mode="solo"))
+    (outcome,) = run(again, [request])
+    assert outcome.token_ids == alone(tiny_model, request).token_ids
+
+
 def test_what_was_encoded_on_the_way_is_what_the_encoder_makes(tiny_model: LoadedModel) -> None:
     request = request_for(tiny_model, "link-tokens", (1, 3, 1), cold=True)
     engine = Engine(tiny_model, EngineSettings(step_tokens=10, stretch=None, mode="shared"))
