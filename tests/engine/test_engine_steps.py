@@ -183,11 +183,12 @@ def test_half_of_a_step_is_the_oldest_s_and_the_rest_goes_to_the_shortest() -> N
 
 def test_the_pace_keeps_steps_short() -> None:
     pace = Pace(512, 2.0)
-    assert pace.prefill(0) == 512
-    assert pace.prefill(4) == 16
+    assert pace.prefill(0, 1) == 512
+    assert pace.prefill(4, 1) == 16
     for _ in range(50):
         pace.note(0.1, decoding=4, prefilled=0)
         pace.note(0.1 + 0.002 * 40, decoding=4, prefilled=40)
-    assert pace.prefill(4) == pytest.approx(50, abs=5)
-    assert Pace(512, None).prefill(4) == 508
-    assert Pace(2, None).prefill(4) == 1
+    assert pace.prefill(4, 4) == pytest.approx(50, abs=5)
+    assert pace.prefill(4, 5) == 508  # most of them have no token yet
+    assert Pace(512, None).prefill(4, 1) == 508
+    assert Pace(2, None).prefill(4, 1) == 1
