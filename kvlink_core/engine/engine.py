@@ -243,7 +243,8 @@ class Engine:
         wanting: list[tuple[int, int, Any]] = [(t.number, t.remaining, t) for t in prefilling if t.context is not None]
         wanting += [(d.number, len(d.token_ids) - d.encoded, d) for d in self._runner.encoding()]
         wanting.sort(key=lambda entry: entry[0])
-        given = share(self._pace.prefill(len(works)), [remaining for _, remaining, _ in wanting])
+        room = self._pace.prefill(len(works), len(self._running) - len(works))
+        given = share(room, [remaining for _, remaining, _ in wanting])
         chunks = []
         for (_, _, item), count in zip(wanting, given, strict=True):
             if count and isinstance(item, Task):

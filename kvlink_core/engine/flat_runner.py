@@ -16,6 +16,7 @@ from kvlink_core.fingerprint import digest_of_tokens
 from kvlink_core.linking.base import DocumentsAt, documents_at
 from kvlink_core.linking.linked_cache import PRUNED_REMEDY
 from kvlink_core.models import LoadedModel
+from kvlink_core.models.decode import Decoder
 from kvlink_core.models.flat import FlatPass
 from kvlink_core.models.flat_parts import Reading, Span
 from kvlink_core.models.turning import QueryTurner
@@ -55,6 +56,7 @@ class FlatRunner:
         self._shares = shares
         self.lanes = Lanes(model, budget)
         self.documents = SharedDocuments(model, budget)
+        self.decoder = Decoder(model.lm, turner) if model.device.type == "cuda" else None
 
     def needs(self, task: Task) -> int:
         """Bytes that a task takes at most, its documents included. To be asked first."""
@@ -242,12 +244,23 @@ class FlatRunner:
             Float32 logits ``[tasks that now have their next token, vocabulary]``, and documents that are now complete.
         """
         spans = [self._span(work) for work in works] + [document.span(count) for document, count in chunks]
-        logits = FlatPass(self._model.lm, self._turner, spans, embed=self._embedding(spans)).forward()
+        embed = self._embedding(spans)
+        logits = self._decoded(spans, embed) if not chunks else None
+        if logits is None:
+            logits = FlatPass(self._model.lm, self._turner, spans, embed=embed).forward()
         for work in works:
             work.task.done += work.count
         made = [(document.key, self.documents.advance(document, count)) for document, count in chunks]
         asked = [(space, cache) for (space, _, kind), cache in made if cache is not None and kind != "added"]
         return logits, [Encoded(cache, namespace) for namespace, cache in asked]
+
+    def _decoded(
+        self, spans: Sequence[Span], embed: Callable[[torch.Tensor], torch.Tensor] | None
+    ) -> torch.Tensor | None:
+        """A step that only decodes, on an accelerator; ``None`` for any other."""
+        if not self.decoder or embed is not None or not all(s.wants_logits and len(s.slots) == 1 for s in spans):
+            return None
+        return self.decoder.step(spans, lambda: FlatPass(self._model.lm, self._turner, spans).forward())
 
     def _span(self, work: Work) -> Span:
         task = work.task

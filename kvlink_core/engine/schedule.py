@@ -29,10 +29,14 @@ class Pace:
         self._token_s: float | None = None  # for each token of a prompt
         self._guessed = True  # no step that only decodes was seen yet
 
-    def prefill(self, decoding: int) -> int:
-        """Tokens of prompts and documents for a step in which ``decoding`` requests decode."""
+    def prefill(self, decoding: int, waiting: int) -> int:
+        """Tokens of prompts and documents for a step in which ``decoding`` requests decode.
+
+        Where more are ``waiting`` for their first token than decode, their prompts come first: a few at a time they
+        would be computed slower, beside steps that are nearly as long for a few as for all.
+        """
         room = max(1, self._step_tokens - decoding)
-        if not decoding or self._stretch is None:
+        if waiting > decoding or self._stretch is None:
             return room
         if self._step_s is None or self._token_s is None:
             return min(room, _LEAST)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,10 +20,18 @@ from kvlink_core.types import DocumentCache
 _LENT = 1.25
 
 
+@dataclass(slots=True)
+class _Opening:
+    """A request that is not linked yet: its documents without a cache, and those of them that are encoded."""
+
+    cold: list[tuple[int, ...]]
+    made: dict[tuple[int, ...], DocumentCache] = field(default_factory=dict)
+
+
 class SoloRunner:
     """Requests share steps and memory, and no forward pass; nothing of a document is shared.
 
-    A document that has no cache is encoded whole when its request begins.
+    A document that has no cache is encoded whole, one of a request's documents in each step before it begins.
 
     Args:
         model: the model.
@@ -43,8 +52,16 @@ class SoloRunner:
         """Take the memory that a task needs; false where there is not enough."""
         if not self._budget.take(self.needs(task)):
             return False
-        task.context = ()
+        task.context = _Opening(self._cold(task))
         return True
+
+    def _cold(self, task: Task) -> list[tuple[int, ...]]:
+        request = task.request
+        if not request.linker.uses_caches:
+            return []
+        segments = task.prompt.documents
+        given = list(request.caches) or [None] * len(segments)
+        return list(dict.fromkeys(s.token_ids for s, cache in zip(segments, given, strict=True) if cache is None))
 
     def close(self, task: Task) -> None:
         """Give everything back."""
@@ -52,32 +69,35 @@ class SoloRunner:
         self._budget.give(self.needs(task))
 
     def ready(self, task: Task) -> bool:
-        """Links a task that was just opened.
+        """Whether a task's own tokens can be computed; encodes a document, or links, of one that was opened.
 
         Raises:
             KVLinkError: its linker refuses the prompt.
         """
-        if task.context == ():
-            task.context = self._link(task)
+        opening = task.context
+        if not isinstance(opening, _Opening):
+            return True
+        token_ids = next((t for t in opening.cold if t not in opening.made), None)
+        if token_ids is not None:
+            (opening.made[token_ids],) = self._encoder.encode([list(token_ids)])
+        if len(opening.made) < len(opening.cold):
+            return False
+        task.context = self._link(task, opening)
         return True
 
-    def _link(self, task: Task) -> LinkedCache:
+    def _link(self, task: Task, opening: _Opening) -> LinkedCache:
         request, caches = task.request, []
-        encoded = 0
         if request.linker.uses_caches:
             segments = task.prompt.documents
             given = list(request.caches) or [None] * len(segments)
-            cold = {s.token_ids for s, cache in zip(segments, given, strict=True) if cache is None}
-            made = dict(zip(cold, self._encoder.encode([list(t) for t in cold]), strict=True))
-            encoded = sum(len(t) for t in cold)
-            caches = [cache or made[s.token_ids] for s, cache in zip(segments, given, strict=True)]
+            caches = [cache or opening.made[s.token_ids] for s, cache in zip(segments, given, strict=True)]
         since = time.perf_counter()
         linked = request.linker.link(self._model, task.prompt, caches, reserve=request.sampling.max_tokens)
         task.handle.linked(since)
         pending = linked.pending.tolist()
         task.begin(linked.token_ids[linked.pending].tolist(), pending, pending)
         if not task.handle.preemptions:
-            task.handle.computed_tokens = linked.computed_tokens + encoded
+            task.handle.computed_tokens = linked.computed_tokens + sum(map(len, opening.cold))
         return linked
 
     def room(self, task: Task) -> bool:

@@ -40,7 +40,7 @@ _IDLE_SHARE = 1 / 8
 
 #: Largest root mean square difference of logits between a replay and the pass it was recorded from, relative to that of
 #: the logits: other shapes run other kernels, which sum in another order. What is wrong is off by about 1.
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
 
 #: ``[n]`` token ids and positions, and the slots to attend over, to float32 logits ``[vocabulary]``.
 Forward = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -188,7 +188,7 @@ class Graphs:
             logger.info("no CUDA graphs for this model, it runs without: %s", first_line(error))
             self.usable = False
             return False
-        if not off <= _TOLERANCE[self._dtype]:  # not a number is off, too
+        if not off <= TOLERANCE[self._dtype]:  # not a number is off, too
             logger.warning("replaying a CUDA graph changed logits by %.1e of their size; running without.", off)
             self.usable = False
             return False

@@ -132,7 +132,14 @@ def test_other_dtypes_are_near(tiny_model: LoadedModel, tmp_path: Any, dtype: st
 
 @pytest.mark.parametrize(
     ("model_type", "mode"),
-    [("llama4_text", "shared"), ("phi", "shared"), ("glm4", "shared"), ("dbrx", "shared"), ("gptj", "solo")],
+    [
+        ("llama4_text", "shared"),
+        ("phi", "shared"),
+        ("glm4", "shared"),
+        ("dbrx", "shared"),
+        ("gptj", "solo"),
+        ("codegen", "solo"),
+    ],
 )
 def test_more_architectures(model_type: str, mode: str) -> None:
     """Chunks, partial and interleaved rotation, complex tables, clipped values; sines that are a table of their own."""

@@ -31,6 +31,24 @@ def test_others_get_a_token_in_each_step_while_a_cold_document_is_encoded(tiny_m
     assert slow.computed_tokens == slow.prompt_tokens
 
 
+def test_by_itself_a_request_encodes_one_document_in_a_step(tiny_model: LoadedModel) -> None:
+    engine = Engine(tiny_model, EngineSettings(mode="solo"))
+    fast = engine.submit(request_for(tiny_model, "reposition", (0,), max_tokens=8))
+    engine.step()
+    request = request_for(tiny_model, "reposition", (1, 3, 1, 4), cold=True, max_tokens=2)
+    slow = engine.submit(request)
+    for done in range(2, 5):  # three documents, one of them twice
+        assert slow.first_token is None
+        engine.step()
+        assert fast.completion_tokens == done
+    while engine.busy:
+        engine.step()
+    assert slow.computed_tokens == request.prompt.length - len(request.prompt.documents[2].token_ids)
+    again = Engine(tiny_model, EngineSettings(mode="solo"))
+    (outcome,) = run(again, [request])
+    assert outcome.token_ids == alone(tiny_model, request).token_ids
+
+
 def test_what_was_encoded_on_the_way_is_what_the_encoder_makes(tiny_model: LoadedModel) -> None:
     request = request_for(tiny_model, "link-tokens", (1, 3, 1), cold=True)
     engine = Engine(tiny_model, EngineSettings(step_tokens=10, stretch=None, mode="shared"))
@@ -165,11 +183,12 @@ def test_half_of_a_step_is_the_oldest_s_and_the_rest_goes_to_the_shortest() -> N
 
 def test_the_pace_keeps_steps_short() -> None:
     pace = Pace(512, 2.0)
-    assert pace.prefill(0) == 512
-    assert pace.prefill(4) == 16
+    assert pace.prefill(0, 1) == 512
+    assert pace.prefill(4, 1) == 16
     for _ in range(50):
         pace.note(0.1, decoding=4, prefilled=0)
         pace.note(0.1 + 0.002 * 40, decoding=4, prefilled=40)
-    assert pace.prefill(4) == pytest.approx(50, abs=5)
-    assert Pace(512, None).prefill(4) == 508
-    assert Pace(2, None).prefill(4) == 1
+    assert pace.prefill(4, 4) == pytest.approx(50, abs=5)
+    assert pace.prefill(4, 5) == 508  # most of them have no token yet
+    assert Pace(512, None).prefill(4, 1) == 508
+    assert Pace(2, None).prefill(4, 1) == 1
