@@ -107,6 +107,11 @@ def test_too_many_requests_get_503_and_are_told_to_come_back(service: Service) -
 
 
 def test_documents_are_fetched_for_a_request_that_waits_its_turn(service: Service) -> None:
+    def ask_when_known() -> httpx.Response:  # replicas look for what is new once a second
+        while (response := service.ask({"id": "ahead"}, max_tokens=1)).status_code == 404:
+            time.sleep(0.1)
+        return response
+
     store = DocumentStore.open(str(service.store), fingerprint=service.model.fingerprint)
     add_document(service.model, store, "ahead", "The ferry to Arlen runs in summer only.")
     with contextlib.ExitStack() as streams:
@@ -115,7 +120,7 @@ def test_documents_are_fetched_for_a_request_that_waits_its_turn(service: Servic
             running = streams.enter_context(httpx.stream("POST", service.url + CHAT, json=long, timeout=60))
             assert running.status_code == 200  # known from its first token on
         with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(service.ask, {"id": "ahead"}, max_tokens=1)
+            waiting = pool.submit(ask_when_known)
             tiers, deadline = None, time.monotonic() + 30
             while tiers != ["host", "store"]:
                 assert time.monotonic() < deadline, tiers
@@ -138,14 +143,16 @@ def test_clients_that_leave_stop_their_requests(service: Service, stream: bool) 
     def leave_when_full() -> None:
         with (
             contextlib.suppress(httpx.ReadTimeout),
-            httpx.stream("POST", service.url + CHAT, json=body, timeout=patience) as response,
+            client.stream("POST", service.url + CHAT, json=body) as response,
         ):
             if response.status_code == 503:
                 full.set()
             assert full.wait(60)
 
-    count = 2 * (MAX_RUNNING + MAX_WAITING)
-    with ThreadPoolExecutor(count) as pool:
+    count = 3 * (MAX_RUNNING + MAX_WAITING)
+    # One client for all: made one by one, they would come so slowly that those in the queue leave before it is full.
+    unlimited = httpx.Limits(max_connections=None)
+    with httpx.Client(timeout=patience, limits=unlimited) as client, ThreadPoolExecutor(count) as pool:
         clients = [pool.submit(leave_when_full) for _ in range(count)]
     left = time.monotonic()
     for client in clients:
