@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import httpx
 
@@ -28,6 +28,16 @@ CHAT = "/v1/chat/completions"
 
 #: A client's patience. What is not answered by then is lost.
 _PATIENCE_S = 120.0
+
+
+class Judged(Protocol):
+    """What became of many requests: how many are right and wrong, the others by code, and what should not be so."""
+
+    right: int
+    wrong: int
+    errors: dict[str, int]
+    lost: dict[str, int]
+    faults: list[str]
 
 
 @dataclass(slots=True)
@@ -59,6 +69,18 @@ class Outcome:
     def total_s(self) -> float:
         """From sending to the end."""
         return self.ended - self.sent
+
+
+def judge(result: Judged, outcomes: Sequence[Outcome]) -> None:
+    """Fill in what became of the requests, and the two conditions that always hold: none wrong, none lost."""
+    result.right = sum(o.kind == "right" for o in outcomes)
+    result.wrong = sum(o.kind == "wrong" for o in outcomes)
+    result.errors = dict(Counter(o.code for o in outcomes if o.kind == "clear error"))
+    result.lost = dict(Counter(o.code for o in outcomes if o.kind == "lost"))
+    if result.wrong:
+        result.faults.append(f"{result.wrong} wrong answers")
+    if result.lost:
+        result.faults.append(f"{sum(result.lost.values())} requests lost without a clear error")
 
 
 def body_of(question: Question, model: str, **fields: Any) -> dict[str, Any]:

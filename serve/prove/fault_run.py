@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from pathlib import Path
 import boto3
 import httpx
 
-from serve.prove.clients import Askers, Outcome
+from serve.prove.clients import Askers, Outcome, judge
 from serve.prove.faults import FAULTS, Fault, Scene, Shards, small_file_system
 from serve.prove.material import Question, make_documents, make_model, make_questions, store_documents
 from serve.prove.service import Held, ProofError, Service, running, s3_server
@@ -172,17 +171,10 @@ def _wait_until_free(service: Service, before: Held) -> Held:
 
 def _sum_up(result: FaultResult, outcomes: Sequence[Outcome], scene: Scene, fault: Fault) -> None:
     result.requests = len(outcomes)
-    result.right = sum(o.kind == "right" for o in outcomes)
-    result.wrong = sum(o.kind == "wrong" for o in outcomes)
-    result.errors = dict(Counter(o.code for o in outcomes if o.kind == "clear error"))
-    result.lost = dict(Counter(o.code for o in outcomes if o.kind == "lost"))
+    judge(result, outcomes)
     result.felt = scene.felt or sum(map(fault.sign, outcomes))
     assert result.before is not None
     assert result.after is not None
-    if result.wrong:
-        result.faults.append(f"{result.wrong} wrong answers")
-    if result.lost:
-        result.faults.append(f"{sum(result.lost.values())} requests lost without a clear error")
     if not result.felt:
         result.faults.append("nobody felt it, so this proves nothing")
     result.faults += [f"{name} is {value:g} when idle" for name, value in result.after.gauges.items() if value]
@@ -265,8 +257,7 @@ def _on_a_service(
             settings = settings | {"tiers.disk_path": str(where), "tiers.disk_bytes": str(_DISK_BYTES)}
         say(f"a service of {_ENGINES} engine replicas")
         service = stack.enter_context(running(folder, settings, engines=_ENGINES))
-        model = httpx.get(f"{service.url}/v1/models", timeout=30).json()["data"][0]["id"]
-        scene = Scene(service, model, questions, _ENGINES, [], line, shards, where, clients)
+        scene = Scene(service, service.model(), questions, _ENGINES, [], line, shards, where, clients)
         asyncio.run(_warm(scene))
         results = []
         for number, fault in enumerate(faults):

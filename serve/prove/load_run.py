@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import statistics
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from serve.prove.clients import Askers, Outcome
+from serve.prove.clients import Askers, Outcome, judge
 from serve.prove.material import make_documents, make_model, make_questions, store_documents
 from serve.prove.service import Service, running
 
@@ -108,7 +107,7 @@ def prove_load(
         say("the service")
         settings = {"model": str(folder / "model"), "store": str(folder / "store"), **_SETTINGS}
         with running(folder, settings, engines=1) as service:
-            model_name = httpx.get(f"{service.url}/v1/models", timeout=30).json()["data"][0]["id"]
+            model_name = service.model()
 
             async def run() -> tuple[float, list[LoadResult]]:
                 limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
@@ -150,10 +149,8 @@ def sum_up(
 ) -> None:
     """Fill in what was seen and which conditions do not hold."""
     right = [o for o in outcomes if o.kind == "right"]
-    result.sent, result.right = len(outcomes), len(right)
-    result.wrong = sum(o.kind == "wrong" for o in outcomes)
-    result.errors = dict(Counter(o.code for o in outcomes if o.kind == "clear error"))
-    result.lost = dict(Counter(o.code for o in outcomes if o.kind == "lost"))
+    result.sent = len(outcomes)
+    judge(result, outcomes)
     first = [o.ttft_s for o in right if o.ttft_s is not None]
     result.ttft_ms = percentiles(first, (50, 95, 99))
     result.itl_ms = percentiles([gap for o in right for gap in o.gaps_s], (50, 99))
@@ -161,10 +158,6 @@ def sum_up(
     kept = [o for o in right if (o.ttft_s or 0) <= ttft_s and (not o.gaps_s or statistics.mean(o.gaps_s) <= itl_s)]
     result.goodput = len(kept) / result.seconds
     result.memory = _memory(samples)
-    if result.wrong:
-        result.faults.append(f"{result.wrong} wrong answers")
-    if result.lost:
-        result.faults.append(f"{sum(result.lost.values())} requests lost without a clear error")
     if result.share < 1 and result.errors:
         result.faults.append(f"{sum(result.errors.values())} errors below capacity")
     if others := [code for code in result.errors if not code.startswith("503 ")]:

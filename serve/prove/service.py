@@ -85,6 +85,10 @@ class Service:
                         found[role].append(process)
         return found
 
+    def model(self) -> str:
+        """The public id of the model that it serves."""
+        return str(httpx.get(f"{self.url}/v1/models", timeout=30).json()["data"][0]["id"])
+
     def resident(self) -> dict[str, int]:
         """Bytes resident, by role and process id."""
         sizes: dict[str, int] = {}
